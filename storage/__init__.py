@@ -1,0 +1,1 @@
+"""What persona keeps: one SQLite file and a folder of adapter files, behind a few nouns."""

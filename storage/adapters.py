@@ -1,0 +1,272 @@
+"""Versions of adapters: rows in the database, files on disk, and the pointer that says which one serves.
+
+A published version is never edited and its number never given again. The pointer names a version whose files are
+complete, or none: files become durable before the row, the row before the pointer, and `repair` mends the rest.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from persona.domain import EntryId, UserId, Version, VersionState
+from persona.errors import NotFound, TrainingFailed
+from storage import files, lineage
+from storage.database import Database, Transaction
+from storage.failpoints import reach
+from storage.tables import users, versions
+from storage.whole import in_thread
+
+# Inside the class `list` is a method.
+Listing = list[Version]
+Numbers = list[int]
+Sentences = list[str]
+
+_MAY_SERVE = (VersionState.CANDIDATE, VersionState.PUBLISHED)
+_WITH_FILES = (VersionState.PUBLISHED, VersionState.QUARANTINED)  # when nothing runs
+
+
+class Adapters:
+    """Every version of every user, under the folder `root`."""
+
+    def __init__(self, db: Database, root: Path) -> None:
+        self._db = db
+        self._root = root.absolute()
+        db.on_removed(self._drop)
+
+    async def workspace(self, user_id: UserId) -> Path:
+        """A fresh folder to train into; end it with `publish` or `discard`."""
+        return await in_thread(files.temporary, self._root, user_id)
+
+    async def discard(self, folder: Path) -> None:
+        """Give up a workspace."""
+        assert folder.name.startswith(files.TEMPORARY), "only a workspace is discarded"
+        await in_thread(files.remove, folder)
+
+    async def publish(
+        self,
+        user_id: UserId,
+        folder: Path,
+        *,
+        watermark: EntryId,
+        parent: int | None,
+        base: str,
+        run_id: int | None,
+        metrics: dict[str, Any],
+        plan: dict[str, Any],
+    ) -> Version:
+        """Turn a workspace that holds adapter.safetensors into a candidate: durable on disk, known, not yet serving.
+
+        Raises AdapterError without weights, StorageFull, NotFound if the user was forgotten, TrainingFailed if an
+        entry that the version holds was deleted meanwhile. Then the workspace is gone.
+        """
+        try:
+            number = await self._number(user_id)
+            sha256, size = await in_thread(files.measure, folder)
+            version = Version(
+                user_id=user_id,
+                number=number,
+                state=VersionState.CANDIDATE,
+                watermark=watermark,
+                parent=parent,
+                base=base,
+                path="",
+                sha256=sha256,
+                bytes=size,
+                created=datetime.now(UTC),
+                run_id=run_id,
+                metrics=metrics,
+            )
+            return await self._seal(folder, version, plan)
+        finally:
+            await in_thread(files.remove, folder)
+
+    async def point(self, user_id: UserId, number: int) -> None:
+        """Publish a candidate and let it serve, in one transaction. Raises NotFound if it may not serve."""
+        async with self._db.write() as connection:
+            row = await lineage.row(connection, user_id, number)
+            if row is None or row.state not in _MAY_SERVE:
+                raise NotFound("There is no such version.")
+            await lineage.mark(connection, user_id, [number], VersionState.PUBLISHED)
+            await lineage.serve(connection, user_id, number)
+            reach("point-before-commit")
+        reach("point-after-commit")
+
+    async def reject(self, user_id: UserId, number: int) -> None:
+        """The gate said no: the row of the candidate stays, its files go. Raises NotFound if it is no candidate."""
+        async with self._db.write() as connection:
+            row = await lineage.row(connection, user_id, number)
+            if row is None or row.state != VersionState.CANDIDATE:
+                raise NotFound("There is no such candidate.")
+            await lineage.mark(connection, user_id, [number], VersionState.REJECTED)
+        await self._drop(user_id, [number])
+
+    async def rollback(self, user_id: UserId, number: int | None = None) -> Version | None:
+        """Serve an earlier published version: the one before (None), that number, or the bare base (0).
+
+        Returns what serves now, None for the base. Raises NotFound where there is nothing to go back to.
+        """
+        async with self._db.write() as connection:
+            target = await self._target(connection, user_id, number)
+            await lineage.serve(connection, user_id, target or None)
+            row = await lineage.row(connection, user_id, target) if target else None
+        return self._version(row) if row else None
+
+    async def active(self, user_id: UserId) -> Version | None:
+        """The serving version, None for the bare base."""
+        joined = versions.join(users, (users.c.id == versions.c.user_id) & (users.c.active == versions.c.number))
+        query = sa.select(versions).select_from(joined).where(users.c.id == user_id)
+        async with self._db.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        return self._version(row) if row else None
+
+    async def get(self, user_id: UserId, number: int) -> Version | None:
+        async with self._db.read() as connection:
+            row = await lineage.row(connection, user_id, number)
+        return self._version(row) if row else None
+
+    async def list(self, user_id: UserId) -> Listing:
+        """Every version that the user ever had, oldest first."""
+        query = sa.select(versions).where(versions.c.user_id == user_id).order_by(versions.c.number)
+        async with self._db.read() as connection:
+            return [self._version(row) for row in await connection.execute(query)]
+
+    async def verify(self, version: Version) -> None:
+        """Compare every byte with the manifest and the database. Raises AdapterError."""
+        path = files.folder(self._root, version.user_id, version.number)
+        await in_thread(files.verify, path, _manifest(version))
+
+    async def quarantine(self, user_id: UserId, number: int, reason: str) -> Version | None:
+        """Take a damaged version out of service, for that reason; returns what serves now, None for the base."""
+        async with self._db.write() as connection:
+            row = await lineage.row(connection, user_id, number)
+            if row is None:
+                raise NotFound("There is no such version.")
+            await self._quarantine(connection, row, reason)
+        return await self.active(user_id)
+
+    async def prune(self, user_id: UserId, keep: int) -> Numbers:
+        """Remove the files of all but the newest `keep` published versions; the serving one always stays.
+
+        Files of quarantined versions go too. Returns the numbers that can no longer be rolled back to.
+        """
+        query = sa.select(versions.c.number, versions.c.state).where(versions.c.user_id == user_id)
+        async with self._db.write() as connection:
+            active = await lineage.pointer(connection, user_id)
+            found = (await connection.execute(query.order_by(versions.c.number.desc()))).all()
+            published = [row.number for row in found if row.state == VersionState.PUBLISHED and row.number != active]
+            old = sorted(published[max(0, keep - (active is not None)) :])
+            await lineage.mark(connection, user_id, old, VersionState.RETIRED)
+        broken = [row.number for row in found if row.state == VersionState.QUARANTINED]
+        await self._drop(user_id, old + broken)
+        return old
+
+    async def remove_user(self, user_id: UserId) -> None:
+        """Remove every file of a user."""
+        await in_thread(files.remove, self._root / str(int(user_id)))
+
+    async def repair(self) -> Sentences:
+        """At the start, before anything runs: make disk, rows and pointers agree. One sentence for each mending."""
+        query = sa.select(versions).order_by(versions.c.user_id, versions.c.number)
+        async with self._db.write() as connection:
+            rows = (await connection.execute(query)).all()
+            mended = [sentence for row in rows for sentence in await self._repair_row(connection, row)]
+            kept = {(row.user_id, row.number) for row in rows if row.state in _WITH_FILES}
+        return mended + await in_thread(self._repair_files, kept)
+
+    async def _number(self, user_id: UserId) -> int:
+        """The user's next version number, spent whatever happens then."""
+        async with self._db.write() as connection:
+            query = sa.update(users).where(users.c.id == user_id).values(last_version=users.c.last_version + 1)
+            number: int | None = (await connection.execute(query.returning(users.c.last_version))).scalar()
+        if number is None:
+            raise NotFound("There is no such user.")
+        return number
+
+    async def _seal(self, folder: Path, version: Version, plan: dict[str, Any]) -> Version:
+        target = files.folder(self._root, version.user_id, version.number)
+        try:
+            await in_thread(files.seal, folder, target, {**_manifest(version), "plan": plan})
+            return await self._record(version, plan)
+        except BaseException:
+            await in_thread(files.remove, target)
+            raise
+
+    async def _record(self, version: Version, plan: dict[str, Any]) -> Version:
+        async with self._db.write() as connection:
+            user_id = version.user_id
+            if not (await connection.execute(sa.select(users.c.id).where(users.c.id == user_id))).first():
+                raise NotFound("There is no such user.")
+            parent = await lineage.row(connection, user_id, version.parent) if version.parent else None
+            if await lineage.holds_deleted(connection, version.run_id, parent):
+                raise TrainingFailed("An entry of this run was deleted while it was training.")
+            values = {column.name: getattr(version, column.name) for column in versions.c if column.name != "plan"}
+            made = await connection.execute(sa.insert(versions).values(**values, plan=plan).returning(*versions.c))
+            row = made.one()
+        reach("publish-after-row")
+        return self._version(row)
+
+    async def _target(self, connection: Transaction, user_id: UserId, number: int | None) -> int:
+        active = await lineage.pointer(connection, user_id)
+        if number is None and active is not None:
+            return await lineage.before(connection, user_id, active) or 0
+        row = await lineage.row(connection, user_id, number) if number else None
+        if number != 0 and (row is None or row.state != VersionState.PUBLISHED):
+            raise NotFound("There is no such version to go back to.")
+        return number or 0
+
+    async def _quarantine(self, connection: Transaction, row: sa.Row[Any], reason: str) -> None:
+        await lineage.withdraw(connection, UserId(row.user_id), [row.number], VersionState.QUARANTINED)
+        this = (versions.c.user_id == row.user_id) & (versions.c.number == row.number)
+        metrics = {**row.metrics, "quarantined": reason}
+        await connection.execute(sa.update(versions).where(this).values(metrics=metrics))
+
+    async def _drop(self, user_id: UserId, numbers: Sequence[int] | None) -> None:
+        """Remove the files of versions (None: of the user) that the database has let go."""
+        if numbers is None:
+            return await self.remove_user(user_id)
+        for number in numbers:
+            await in_thread(files.remove, files.folder(self._root, user_id, number))
+        return None
+
+    async def _repair_row(self, connection: Transaction, row: sa.Row[Any]) -> Sentences:
+        name = f"Version {row.number} of user {row.user_id}"
+        if row.state == VersionState.CANDIDATE:
+            await lineage.mark(connection, UserId(row.user_id), [row.number], VersionState.REJECTED)
+            return [f"{name} was rejected: the service stopped before it was judged."]
+        path = files.folder(self._root, row.user_id, row.number)
+        if row.state == VersionState.PUBLISHED and not files.looks_complete(path, row.bytes):
+            await self._quarantine(connection, row, "its files are missing or incomplete")
+            return [f"{name} was quarantined: its files are missing or incomplete."]
+        return []
+
+    def _repair_files(self, kept: set[tuple[int, int]]) -> Sentences:
+        """Remove every folder under the root that no row keeps."""
+        names = {f"{user_id}/{number}" for user_id, number in kept}
+        mended: Sentences = []
+        for path in files.found(self._root):
+            name = path.relative_to(self._root).as_posix()
+            if name not in names:
+                files.remove(path)
+                mended.append(f"The folder {name} was removed: no version keeps it.")
+        return mended
+
+    def _version(self, row: sa.Row[Any]) -> Version:
+        values = {name: value for name, value in row._asdict().items() if name != "plan"}
+        path = str(files.folder(self._root, row.user_id, row.number))
+        return Version(**{**values, "state": VersionState(row.state), "path": path})
+
+
+def _manifest(version: Version) -> dict[str, Any]:
+    """What the manifest of a version says, plan aside."""
+    return {
+        "number": version.number,
+        "watermark": version.watermark,
+        "parent": version.parent,
+        "base": version.base,
+        "sha256": version.sha256,
+        "bytes": version.bytes,
+        "created": version.created.isoformat(),
+    }

@@ -1,0 +1,292 @@
+"""The one SQLite file: how it is opened, migrated, read, written, copied and scrubbed.
+
+One writer at a time, who locks before the first read (BEGIN IMMEDIATE); readers that cannot write. A commit is on the
+disk when it returns. With database_file.py this is the only place that names the SQL dialect.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from persona.domain import UserId
+from persona.errors import Busy, RequestError, StorageFull
+from storage import words
+from storage.database_file import (
+    LOCKED,
+    PRAGMAS,
+    answers,
+    checkpoint,
+    code,
+    copy,
+    damaged,
+    examine,
+    prepare,
+    upgrade_copies,
+)
+from storage.files import full_disk
+from storage.whole import in_thread, whole
+
+__all__ = [
+    "NEVER_REUSED",
+    "Database",
+    "Transaction",
+    "create_search",
+    "examine",
+    "hits",
+    "index",
+    "unindex",
+    "upgrade_copies",
+]
+
+logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # below that it quotes parameters, which are user text
+
+Removed = Callable[[UserId, Sequence[int] | None], Awaitable[None]]
+
+NEVER_REUSED: dict[str, Any] = {"sqlite_autoincrement": True}  # of a table: its ids are never given twice
+
+_BACKUPS = sa.table("backups", sa.column("path", sa.String), sa.column("created", sa.DateTime))
+_READERS = 4
+
+
+class Transaction:
+    """Runs statements. Who is cancelled here still waits for the statement: the driver would lose the connection."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    async def execute(self, statement: sa.Executable, parameters: Any = None) -> sa.CursorResult[Any]:
+        return await whole(self._connection.execute(statement, parameters))
+
+    async def exec_driver_sql(self, statement: str) -> sa.CursorResult[Any]:
+        return await whole(self._connection.exec_driver_sql(statement))
+
+
+class Database:
+    """An open database. `write()` and `read()` are one transaction each; never hold one across the model or the net.
+
+    Both raise StorageFull, Busy (another program holds the lock) or SchemaError (the file is damaged).
+    """
+
+    def __init__(self, path: Path, patience: float) -> None:
+        self.path = path
+        self._patience = patience
+        self._writer = _engine(path, pool=1, begin="BEGIN IMMEDIATE")
+        self._reader = _engine(path, pool=_READERS, begin="BEGIN", pragmas=("query_only = ON",))
+        self._writing = asyncio.Lock()  # first come, first served
+        self._readable = asyncio.Event()
+        self._readable.set()
+        self._reading = 0
+        self._idle = asyncio.Event()  # nobody reads
+        self._idle.set()
+        self._copying = asyncio.Lock()
+        self._removed: list[Removed] = []
+
+    @classmethod
+    async def open(cls, path: Path, *, patience: float = 30.0) -> Self:
+        """Make or migrate the file at `path` and open it. `patience`: seconds to wait for another program's lock.
+
+        Raises SchemaError if the file is damaged, foreign or of a newer schema.
+        """
+        await in_thread(prepare, path)
+        return cls(path, patience)
+
+    async def close(self) -> None:
+        await self._reader.dispose()
+        await self._writer.dispose()
+
+    @contextlib.asynccontextmanager
+    async def write(self) -> AsyncIterator[Transaction]:
+        """A transaction that is committed at the end of the block, or rolled back if it raises."""
+        with answers(self.path):
+            async with self._writing, _checked_out(self._writer) as connection:
+                await self._begin(connection)
+                yield Transaction(connection)
+                await whole(connection.commit())
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncIterator[Transaction]:
+        """A consistent view that cannot write. Blocks do not nest: `scrub` waits for the running ones."""
+        await self._readable.wait()
+        self._reading += 1
+        self._idle.clear()
+        try:
+            with answers(self.path):
+                async with _checked_out(self._reader) as connection:
+                    await whole(connection.begin().start())
+                    yield Transaction(connection)
+        finally:
+            self._reading -= 1
+            if not self._reading:
+                self._idle.set()
+
+    async def check(self) -> None:
+        """Prove that the file is sound, search index and foreign keys included. Raises SchemaError with the finding."""
+        async with self.write() as connection:
+            await connection.exec_driver_sql("INSERT INTO entries_fts(entries_fts) VALUES ('integrity-check')")
+        async with self.read() as connection:
+            found = (await connection.exec_driver_sql("PRAGMA integrity_check(1)")).scalar_one()
+            loose = (await connection.exec_driver_sql("PRAGMA foreign_key_check")).first()
+        if found != "ok" or loose:
+            raise damaged(self.path, "a reference leads nowhere" if found == "ok" else str(found))
+
+    async def backup(self, target: Path) -> None:
+        """Copy the database to the new file `target`, consistent while others write, and remember where it lies.
+
+        Raises RequestError if `target` exists or cannot be written, StorageFull if it does not fit.
+        """
+        if target.exists():
+            raise RequestError("The backup file exists already; choose a new name.", code="file_exists")
+        with answers(self.path), _writable():
+            async with self._copying:
+                await in_thread(copy, self.path, target)
+        async with self.write() as connection:
+            await connection.execute(sa.insert(_BACKUPS).values(path=str(target.absolute()), created=_now()))
+
+    async def scrub(self, *, wait: float = 10.0) -> bool:
+        """Leave no byte of deleted text in the search index or the write-ahead log. Call it after the commit.
+
+        False: the disk is full, or another program was still reading after `wait` seconds; the next scrub or start
+        does it then.
+        """
+        try:
+            async with self.write() as connection:
+                await connection.exec_driver_sql("INSERT INTO entries_fts(entries_fts) VALUES ('optimize')")
+            with answers(self.path):
+                async with self._copying, self._alone(wait):
+                    return await self._truncate(wait)
+        except (StorageFull, Busy):
+            return False
+
+    def on_removed(self, callback: Removed) -> None:
+        """Have `callback(user, numbers)` called after versions (None: the whole user) left the database."""
+        self._removed.append(callback)
+
+    async def removed(self, user_id: UserId, numbers: Sequence[int] | None) -> None:
+        """Tell whoever keeps files that these versions are gone from the database."""
+        for callback in self._removed:
+            await callback(user_id, numbers)
+
+    async def _begin(self, connection: AsyncConnection) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
+        while True:
+            try:
+                await whole(connection.begin().start())
+                return
+            except sa.exc.OperationalError as error:
+                if code(error) not in LOCKED or loop.time() >= deadline:
+                    raise
+            await asyncio.sleep(0.05)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, wait: float) -> AsyncIterator[None]:
+        """Hold new readers back and let the running ones end."""
+        self._readable.clear()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), wait)
+            yield
+        finally:
+            self._readable.set()
+
+    async def _truncate(self, wait: float) -> bool:
+        deadline = asyncio.get_running_loop().time() + wait
+        while True:
+            async with self._writing:
+                busy = await in_thread(checkpoint, self.path)
+            if not busy or asyncio.get_running_loop().time() >= deadline:
+                return not busy
+            await asyncio.sleep(0.05)
+
+
+@contextlib.asynccontextmanager
+async def _checked_out(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A connection of the pool; what is not committed is rolled back when it returns there."""
+    connection = engine.connect()
+    try:
+        await whole(connection.start())
+        yield connection
+    finally:
+        await whole(connection.close())
+
+
+def create_search(connection: sa.Connection) -> None:
+    """Make the full-text table (the first migration calls this)."""
+    connection.exec_driver_sql(
+        "CREATE VIRTUAL TABLE entries_fts USING fts5(owner, words, tokenize = 'porter unicode61 remove_diacritics 2')"
+    )
+
+
+async def index(connection: Transaction, user_id: UserId, texts: Sequence[tuple[int, str]]) -> None:
+    """Make entries of a user findable: `texts` are (entry id, text)."""
+    rows = [{"id": entry_id, "owner": f"u{user_id}", "words": words.indexed(text)} for entry_id, text in texts]
+    if rows:
+        insert = "INSERT INTO entries_fts(rowid, owner, words) VALUES (:id, :owner, :words)"
+        await connection.execute(sa.text(insert), rows)
+
+
+async def unindex(connection: Transaction, ids: sa.Select[Any]) -> None:
+    """Take the entries that `ids` selects out of the index; call it before they are deleted."""
+    table = sa.table("entries_fts", sa.column("rowid"))
+    await connection.execute(sa.delete(table).where(table.c.rowid.in_(ids)))
+
+
+def hits(user_id: UserId, phrases: Sequence[str], before: int, most: int) -> sa.TextClause:
+    """The user's entries below `before` that hold each of the `words.phrases`, the newest `most` of each phrase.
+
+    Rows are (phrase: its position, id, tokens). The cross join keeps the index in front of the table.
+    """
+    one = """SELECT * FROM (SELECT {at} AS phrase, entries.id, entries.tokens
+        FROM entries_fts CROSS JOIN entries ON entries.id = entries_fts.rowid
+        WHERE entries_fts MATCH :p{at} AND entries.user_id = :user AND entries_fts.rowid < :before
+        ORDER BY entries_fts.rowid DESC LIMIT :most)"""
+    asked = {f"p{at}": f'owner : "u{user_id}" AND words : {phrase}' for at, phrase in enumerate(phrases)}
+    every = sa.text(" UNION ALL ".join(one.format(at=at) for at in range(len(phrases))))
+    return every.bindparams(user=user_id, before=before, most=most, **asked)
+
+
+@contextlib.contextmanager
+def _writable() -> Iterator[None]:
+    """What the file system says of a place where a backup shall lie, in our words."""
+    try:
+        with full_disk():
+            yield
+    except OSError as error:
+        message = f"The backup cannot be written there: {error.strerror}; name a file in a folder that exists."
+        raise RequestError(message, param="file") from error
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def _engine(path: Path, *, pool: int, begin: str, pragmas: Sequence[str] = ()) -> AsyncEngine:
+    """Parameters are hidden because errors quote them, and they are user text."""
+    engine = create_async_engine(
+        sa.URL.create("sqlite+aiosqlite", database=str(path)),
+        pool_size=pool,
+        max_overflow=0,
+        pool_timeout=60.0,
+        hide_parameters=True,
+    )
+
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    def connected(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # the driver begins nothing by itself
+        cursor = connection.cursor()
+        for pragma in (*PRAGMAS, *pragmas):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @sa.event.listens_for(engine.sync_engine, "begin")
+    def begun(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine

@@ -1,0 +1,315 @@
+"""A user's history: turns and later events, in the order of their ids.
+
+A turn is stored once, however often a client sends it. Nothing here holds a transaction while it counts tokens.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from persona.domain import Entry, EntryId, Finish, Line, Message, Origin, Role, UserId, VersionState
+from persona.errors import NotFound, RequestError
+from storage import database, identity, imports, lineage, ranking, turns, words
+from storage.database import Database, Transaction
+from storage.identity import Turn
+from storage.imports import ImportItem
+from storage.tables import deletions, entries, users
+
+__all__ = ["History", "ImportItem", "Placement"]
+
+_OWN = (Origin.CHAT, Origin.IMPORT, Origin.EVENT)
+_START = EntryId(0)
+_MOST_FOUND = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request stands in history."""
+
+    conversation: str
+    known: tuple[EntryId, ...]  # the stored turns of this conversation, in order, those stored just now included
+    tail: EntryId | None  # the last of them
+    user_entry: EntryId | None  # the newest user turn if it was stored just now
+    chain: bytes = field(default=b"", repr=False)  # what a reply to it follows
+
+
+class History:
+    """Everything that users said and were told."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def place(
+        self,
+        user_id: UserId,
+        messages: Sequence[Message],
+        *,
+        conversation_id: str | None,
+        now: datetime,
+        count: Callable[[str], int],
+        store: bool = True,
+    ) -> Placement:
+        """Recognise the turns of a request and store the new ones. `count` gives the tokens of a text.
+
+        Without `store` nothing is written. Raises NotFound if the user was forgotten.
+        """
+        said = identity.turns(messages)
+        async with self._db.read() as connection:
+            found = await turns.match(connection, user_id, said, conversation_id)
+        if not store or not found.new:
+            return _placement(found, found.stored, None)
+        lengths = {turn.text: count(turn.text) for turn in found.new}
+        async with self._db.write() as connection:
+            found = await turns.match(connection, user_id, said, conversation_id)
+            stored = await _append(connection, user_id, found, lengths, now)
+        asked = [entry for entry, turn in zip(stored, found.new, strict=True) if turn.role == Role.USER]
+        return _placement(found, found.stored + tuple(stored), asked[-1] if asked else None)
+
+    async def reply(
+        self,
+        user_id: UserId,
+        placement: Placement,
+        text: str,
+        *,
+        finish: Finish,
+        version: int | None,
+        now: datetime,
+        tokens: int,
+    ) -> EntryId | None:
+        """Store what persona answered. None if there is nothing to store, or nobody any more to store it for."""
+        turn = _reply(text)
+        if not turn.text:
+            return None
+        values = {
+            **_turn(user_id, turn, placement.conversation, identity.link(placement.chain, turn.digest), now),
+            "origin": Origin.REPLY,
+            "tokens": tokens,
+            "version": version,
+            "finish": finish,
+        }
+        async with self._db.write() as connection:
+            if not await _exists(connection, user_id):
+                return None
+            if same := await _same_reply(connection, values):
+                return same
+            parent = await _row(connection, user_id, placement.tail) if placement.tail else None
+            return await _insert(connection, {**values, "parent": parent.id if parent else None})
+
+    async def since(
+        self, user_id: UserId, watermark: EntryId, *, limit: int | None = None, roles: Collection[Role] | None = None
+    ) -> list[Entry]:
+        """Entries after `watermark`, oldest first; the first `limit` of them."""
+        query = _mine(user_id).where(entries.c.id > watermark).order_by(entries.c.id).limit(limit)
+        if roles is not None:
+            query = query.where(entries.c.role.in_(list(roles)))
+        return await self._all(query)
+
+    async def recent(self, user_id: UserId, after: EntryId, *, exclude: Collection[EntryId], limit: int) -> list[Entry]:
+        """The newest `limit` entries after `after` that are not excluded, oldest first."""
+        query = _mine(user_id).where(entries.c.id > after).order_by(entries.c.id.desc())
+        found = await self._all(query.limit(limit + len(exclude)))
+        return _without(found, exclude, limit)[::-1]
+
+    async def conversation(self, user_id: UserId, tail: EntryId) -> list[Entry]:
+        """The turns that lead to `tail`, and it, in order."""
+        up = sa.select(entries.c.id, entries.c.parent).where(entries.c.user_id == user_id, entries.c.id == tail)
+        chain = up.cte("chain", recursive=True)
+        parents = sa.select(entries.c.id, entries.c.parent).join(chain, entries.c.id == chain.c.parent)
+        chain = chain.union_all(parents)
+        return await self._all(_mine(user_id).where(entries.c.id.in_(sa.select(chain.c.id))).order_by(entries.c.id))
+
+    async def get(self, user_id: UserId, entry_id: EntryId) -> Entry | None:
+        found = await self._all(_mine(user_id).where(entries.c.id == entry_id))
+        return found[0] if found else None
+
+    async def page(self, user_id: UserId, *, after: EntryId = _START, limit: int = 100) -> list[Entry]:
+        """Up to `limit` entries after `after`, oldest first."""
+        return await self.since(user_id, after, limit=limit)
+
+    async def search(
+        self,
+        user_id: UserId,
+        text: str,
+        *,
+        limit: int,
+        before: EntryId | None = None,
+        exclude: Collection[EntryId] = (),
+    ) -> list[Entry]:
+        """The user's entries that share words with `text`, best first. Whatever stands in `text` is only words."""
+        phrases = words.phrases(identity.printable(text))
+        left = set(exclude)
+        async with self._db.read() as connection:
+            ranked = await ranking.best(connection, user_id, phrases, before)
+            ids = [entry_id for entry_id in ranked if entry_id not in left][: min(limit, _MOST_FOUND)]
+            found = await connection.execute(_mine(user_id).where(entries.c.id.in_(ids)))
+            by_id = {row.id: _entry(row) for row in found}
+        return [by_id[entry_id] for entry_id in ids]
+
+    async def own_tokens(self, user_id: UserId, after: EntryId) -> int:
+        """Tokens of the user's own words after `after`."""
+        mine = (entries.c.user_id == user_id) & (entries.c.id > after)
+        own = (entries.c.role == Role.USER) & entries.c.origin.in_(_OWN)
+        query = sa.select(sa.func.coalesce(sa.func.sum(entries.c.tokens), 0)).where(mine, own)
+        async with self._db.read() as connection:
+            return int((await connection.execute(query)).scalar_one())
+
+    async def last_id(self, user_id: UserId) -> EntryId:
+        """The user's newest entry, 0 without any."""
+        query = sa.select(sa.func.coalesce(sa.func.max(entries.c.id), 0)).where(entries.c.user_id == user_id)
+        async with self._db.read() as connection:
+            return EntryId((await connection.execute(query)).scalar_one())
+
+    async def import_(
+        self, user_id: UserId, items: Iterable[ImportItem], *, count: Callable[[str], int], now: datetime
+    ) -> tuple[int, int]:
+        """Store uploaded history as (stored, duplicates), 500 items a transaction. Importing twice stores once."""
+        stored = duplicates = 0
+        async with self._db.read() as connection:
+            salt = await turns.salt(connection, user_id)
+        for batch in imports.batches(items):
+            prepared = await imports.prepare(batch, salt, count, now)
+            async with self._db.write() as connection:
+                await _demand(connection, user_id)
+                kept = await imports.store(connection, user_id, prepared)
+            stored += kept
+            duplicates += len(batch) - kept
+        return stored, duplicates
+
+    async def feedback(self, user_id: UserId, entry_id: EntryId, rating: int | None, correction: str | None) -> Entry:
+        """Rate or correct one of persona's replies. None leaves a value as it is; 0 and "" take it back."""
+        if rating not in (None, -1, 0, 1):
+            raise RequestError("A rating is 1, -1 or 0.", param="rating")
+        values: dict[str, Any] = {} if rating is None else {"rating": rating or None}
+        if correction is not None:
+            values["correction"] = identity.clean(Role.ASSISTANT, correction) or None
+        async with self._db.write() as connection:
+            row = await _row(connection, user_id, entry_id)
+            if row is None or row.origin != Origin.REPLY:
+                raise NotFound("There is no such reply.")
+            if values:
+                await connection.execute(sa.update(entries).where(entries.c.id == entry_id).values(**values))
+            return _entry(await _row(connection, user_id, entry_id) or row)
+
+    async def delete(self, user_id: UserId, entry_id: EntryId) -> tuple[int, ...]:
+        """Delete an entry and every version that absorbed it; returns their numbers. A client cannot bring it back."""
+        async with self._db.write() as connection:
+            row = await _row(connection, user_id, entry_id)
+            if row is None:
+                raise NotFound("There is no such entry.")
+            numbers = await lineage.holders(connection, user_id, entry_id)
+            await lineage.withdraw(connection, user_id, numbers, VersionState.DELETED)
+            await _remove(connection, row)
+        await self._db.removed(user_id, numbers)
+        await self._db.scrub()
+        return tuple(numbers)
+
+    async def _all(self, query: sa.Select[Any]) -> list[Entry]:
+        async with self._db.read() as connection:
+            return [_entry(row) for row in await connection.execute(query)]
+
+
+def _mine(user_id: UserId) -> sa.Select[Any]:
+    return sa.select(entries).where(entries.c.user_id == user_id)
+
+
+def _without(found: Sequence[Entry], exclude: Collection[EntryId], limit: int) -> list[Entry]:
+    left = set(exclude)
+    return [entry for entry in found if entry.id not in left][:limit]
+
+
+def _placement(found: turns.Match, known: tuple[EntryId, ...], asked: EntryId | None) -> Placement:
+    return Placement(found.conversation, known, known[-1] if known else None, asked, found.last)
+
+
+def _reply(text: str) -> Turn:
+    text = identity.clean(Role.ASSISTANT, text)
+    return Turn(Role.ASSISTANT, text, identity.digest(Role.ASSISTANT, text))
+
+
+def _turn(user_id: UserId, turn: Turn, conversation: str, chain: bytes, now: datetime) -> dict[str, Any]:
+    return {
+        "user_id": user_id,
+        "role": turn.role,
+        "text": turn.text,
+        "ts": now,
+        "conversation": conversation,
+        "digest": turn.digest,
+        "chain": chain,
+    }
+
+
+async def _exists(connection: Transaction, user_id: UserId) -> bool:
+    return (await connection.execute(sa.select(users.c.id).where(users.c.id == user_id))).first() is not None
+
+
+async def _demand(connection: Transaction, user_id: UserId) -> None:
+    if not await _exists(connection, user_id):
+        raise NotFound("There is no such user.")
+
+
+async def _row(connection: Transaction, user_id: UserId, entry_id: EntryId) -> sa.Row[Any] | None:
+    found = await connection.execute(_mine(user_id).where(entries.c.id == entry_id))
+    row: sa.Row[Any] | None = found.one_or_none()
+    return row
+
+
+async def _append(
+    connection: Transaction, user_id: UserId, found: turns.Match, lengths: dict[str, int], now: datetime
+) -> list[EntryId]:
+    """Store the new turns of a match, each under the one before it."""
+    parent = found.stored[-1] if found.stored else None
+    stored = []
+    for turn, chain in zip(found.new, found.chains, strict=True):
+        values = _turn(user_id, turn, found.conversation, chain, now)
+        tokens = lengths.get(turn.text, 0)
+        parent = await _insert(connection, {**values, "origin": Origin.CHAT, "tokens": tokens, "parent": parent})
+        stored.append(parent)
+    return stored
+
+
+async def _insert(connection: Transaction, values: dict[str, Any]) -> EntryId:
+    made = await connection.execute(sa.insert(entries).values(**values).returning(entries.c.id))
+    entry_id = EntryId(made.scalar_one())
+    await database.index(connection, values["user_id"], [(entry_id, values["text"])])
+    return entry_id
+
+
+async def _same_reply(connection: Transaction, values: dict[str, Any]) -> EntryId | None:
+    """The reply that says the same in the same place, from the same version and to the same end."""
+    same = [entries.c[name].is_not_distinct_from(values[name]) for name in ("version", "finish")]
+    here = _mine(values["user_id"]).where(entries.c.chain == values["chain"], entries.c.origin == Origin.REPLY, *same)
+    row = (await connection.execute(here.order_by(entries.c.id.desc()).limit(1))).one_or_none()
+    return EntryId(row.id) if row else None
+
+
+async def _remove(connection: Transaction, row: sa.Row[Any]) -> None:
+    """Delete one entry: what followed it follows its parent now, and its hashes stay to recognise it."""
+    await database.unindex(connection, sa.select(entries.c.id).where(entries.c.id == row.id))
+    await connection.execute(sa.update(entries).where(entries.c.parent == row.id).values(parent=row.parent))
+    await connection.execute(sa.delete(entries).where(entries.c.id == row.id))
+    for digest in {row.chain, row.item} - {None}:
+        mine = {"user_id": row.user_id, "digest": digest}
+        if not (await connection.execute(sa.select(deletions).filter_by(**mine))).first():
+            await connection.execute(sa.insert(deletions).values(**mine))
+
+
+def _entry(row: sa.Row[Any]) -> Entry:
+    return Entry(
+        id=EntryId(row.id),
+        user_id=UserId(row.user_id),
+        role=Role(row.role),
+        text=row.text,
+        ts=row.ts,
+        origin=Origin(row.origin),
+        conversation=row.conversation,
+        tokens=row.tokens,
+        parent=row.parent,
+        context=tuple(Line(author, text) for author, text in row.context or ()),
+        version=row.version,
+        finish=Finish(row.finish) if row.finish else None,
+        rating=row.rating,
+        correction=row.correction,
+    )

@@ -1,0 +1,96 @@
+"""Uploaded history: each item is stored once, under its own id or, without one, under its time and text.
+
+A deleted item does not come back with the next upload. Times in the future are set to now.
+"""
+
+import asyncio
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from persona.domain import Line, Origin, Role, UserId
+from persona.errors import Unprocessable
+from storage import database, identity
+from storage.database import Transaction
+from storage.tables import deletions, entries
+
+_BATCH = 500
+_BREATH = 50  # texts counted before others may run
+_CONVERSATION = "import"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportItem:
+    """One item of uploaded history. Raises Unprocessable without text or time zone."""
+
+    text: str
+    ts: datetime
+    id: str | None = None
+    context: tuple[Line, ...] = ()
+    role: Role = Role.USER
+
+    def __post_init__(self) -> None:
+        if not identity.clean(self.role, self.text):
+            raise Unprocessable("An item of the import has no text.", param="text")
+        if self.ts.tzinfo is None:
+            raise Unprocessable("The time of an item of the import has no zone.", param="ts")
+        if self.role not in (Role.USER, Role.ASSISTANT):
+            raise Unprocessable("An item of the import is neither the user's nor the assistant's.", param="role")
+
+    def key(self, salt: bytes) -> bytes:
+        """What makes two items of a user the same."""
+        named = f"id\0{self.id}" if self.id else f"text\0{self.ts.astimezone(UTC).isoformat()}\0{self.text}"
+        return hashlib.sha256(salt + named.encode("utf-8", "surrogatepass")).digest()
+
+
+def batches(items: Iterable[ImportItem]) -> Iterator[Sequence[ImportItem]]:
+    """`items` in pieces of one transaction each."""
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, _BATCH)):
+        yield batch
+
+
+async def prepare(
+    batch: Sequence[ImportItem], salt: bytes, count: Callable[[str], int], now: datetime
+) -> dict[bytes, dict[str, Any]]:
+    """The rows of a batch by key, tokens counted, without its own duplicates."""
+    rows: dict[bytes, dict[str, Any]] = {}
+    for at, item in enumerate(batch, 1):
+        key = item.key(salt)
+        if key not in rows:
+            rows[key] = {**_row(item, count, now), "item": key}
+        if at % _BREATH == 0:
+            await asyncio.sleep(0)
+    return rows
+
+
+async def store(connection: Transaction, user_id: UserId, rows: dict[bytes, dict[str, Any]]) -> int:
+    """Store the rows that are new; how many that were."""
+    held = sa.select(entries.c.item).where(entries.c.user_id == user_id, entries.c.item.in_(list(rows)))
+    gone = sa.select(deletions.c.digest).where(deletions.c.user_id == user_id, deletions.c.digest.in_(list(rows)))
+    seen = {*(await connection.execute(held)).scalars(), *(await connection.execute(gone)).scalars()}
+    new = [{"user_id": user_id, **row} for key, row in rows.items() if key not in seen]
+    if new:
+        made = sa.insert(entries).returning(entries.c.id, entries.c.text, sort_by_parameter_order=True)
+        found = await connection.execute(made, new)
+        await database.index(connection, user_id, [(row.id, row.text) for row in found])
+    return len(new)
+
+
+def _row(item: ImportItem, count: Callable[[str], int], now: datetime) -> dict[str, Any]:
+    text = identity.clean(item.role, item.text)
+    lines = [[identity.printable(line.author), identity.printable(line.text)] for line in item.context]
+    return {
+        "role": item.role,
+        "text": text,
+        "ts": min(item.ts, now),
+        "origin": Origin.IMPORT,
+        "conversation": _CONVERSATION,
+        "tokens": count(text),
+        "context": lines or None,
+    }

@@ -1,0 +1,77 @@
+"""Which versions hold what: every version holds the entries of its own run and all that its ancestors hold.
+
+Runs inside a transaction that the caller opened, so that a pointer and what it points to change together.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import sqlalchemy as sa
+
+from persona.domain import EntryId, UserId, VersionState
+from storage.database import Transaction
+from storage.tables import entries, run_examples, users, versions
+
+
+async def row(connection: Transaction, user_id: UserId, number: int) -> sa.Row[Any] | None:
+    query = sa.select(versions).where(versions.c.user_id == user_id, versions.c.number == number)
+    return (await connection.execute(query)).one_or_none()
+
+
+async def holders(connection: Transaction, user_id: UserId, entry_id: EntryId) -> list[int]:
+    """Numbers of the versions, not yet deleted, that absorbed the entry themselves or through an ancestor."""
+    query = sa.select(run_examples.c.run_id).where(run_examples.c.entry_id == entry_id).distinct()
+    trained = set((await connection.execute(query)).scalars())
+    found = await connection.execute(
+        sa.select(versions).where(versions.c.user_id == user_id).order_by(versions.c.number)
+    )
+    holding: set[int] = set()
+    numbers = []
+    for version in found:  # a parent has a lower number than its child
+        if version.run_id in trained or version.parent in holding:
+            holding.add(version.number)
+            if version.state != VersionState.DELETED:
+                numbers.append(version.number)
+    return numbers
+
+
+async def holds_deleted(connection: Transaction, run_id: int | None, parent: sa.Row[Any] | None) -> bool:
+    """Whether a version of this run and parent would hold an entry that has been deleted meanwhile."""
+    if parent is not None and parent.state == VersionState.DELETED:
+        return True
+    joined = run_examples.outerjoin(entries, entries.c.id == run_examples.c.entry_id)
+    query = sa.select(run_examples.c.id).select_from(joined).where(run_examples.c.run_id == run_id)
+    return (await connection.execute(query.where(entries.c.id.is_(None)).limit(1))).first() is not None
+
+
+async def mark(connection: Transaction, user_id: UserId, numbers: Collection[int], state: VersionState) -> None:
+    mine = versions.c.user_id == user_id
+    await connection.execute(sa.update(versions).where(mine, versions.c.number.in_(numbers)).values(state=state))
+
+
+async def withdraw(connection: Transaction, user_id: UserId, numbers: Collection[int], state: VersionState) -> None:
+    """Mark the versions; if the serving one is among them, the newest published one before it takes over."""
+    await mark(connection, user_id, numbers, state)
+    active = await pointer(connection, user_id)
+    if active is not None and active in numbers:
+        await serve(connection, user_id, await before(connection, user_id, active))
+
+
+async def before(connection: Transaction, user_id: UserId, number: int) -> int | None:
+    """The newest published version below `number`."""
+    query = sa.select(sa.func.max(versions.c.number)).where(
+        versions.c.user_id == user_id, versions.c.state == VersionState.PUBLISHED, versions.c.number < number
+    )
+    below: int | None = (await connection.execute(query)).scalar_one()
+    return below
+
+
+async def pointer(connection: Transaction, user_id: UserId) -> int | None:
+    """Number of the serving version."""
+    query = sa.select(users.c.active).where(users.c.id == user_id)
+    number: int | None = (await connection.execute(query)).scalar_one_or_none()
+    return number
+
+
+async def serve(connection: Transaction, user_id: UserId, number: int | None) -> None:
+    await connection.execute(sa.update(users).where(users.c.id == user_id).values(active=number))

@@ -1,0 +1,1 @@
+"""The schema's history: every change of tables.py is one revision here."""

@@ -1,0 +1,169 @@
+"""The tables of the database, as the code sees them.
+
+Ids of users, entries and runs are never given twice, so that a cache, a watermark or a file name can never come to
+mean something else. Times are stored in UTC and come back aware. The first revision in migrations/ makes the same
+tables; a test compares the two.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from storage.database import NEVER_REUSED
+
+metadata = sa.MetaData()
+
+
+class Utc(sa.TypeDecorator[datetime]):
+    """An aware datetime, stored as UTC."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone cannot be stored")
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+def _user() -> sa.Column[int]:
+    return sa.Column("user_id", sa.Integer, sa.ForeignKey("users.id"), nullable=False)
+
+
+users = sa.Table(
+    "users",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String, nullable=False, unique=True),
+    sa.Column("learn", sa.Boolean, nullable=False),
+    sa.Column("paused", sa.Boolean, nullable=False),
+    sa.Column("active", sa.Integer),  # number of the serving version
+    sa.Column("last_version", sa.Integer, nullable=False),  # highest number ever given
+    sa.Column("salt", sa.LargeBinary, nullable=False),  # seeds the hash chain of turns
+    sa.Column("created", Utc, nullable=False),
+    **NEVER_REUSED,
+)
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    _user(),
+    sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),  # SHA-256 of the secret
+    sa.Column("label", sa.String, nullable=False),
+    sa.Column("learn", sa.Boolean, nullable=False),
+    sa.Column("created", Utc, nullable=False),
+    sa.Column("last_used", Utc),
+    sa.Column("revoked", Utc),
+    **NEVER_REUSED,
+)
+sa.Index("keys_of_user", keys.c.user_id)
+
+entries = sa.Table(
+    "entries",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    _user(),
+    sa.Column("role", sa.String, nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("ts", Utc, nullable=False),
+    sa.Column("origin", sa.String, nullable=False),
+    sa.Column("conversation", sa.String, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("parent", sa.Integer, sa.ForeignKey("entries.id")),
+    sa.Column("context", sa.JSON(none_as_null=True)),  # [[author, text], …]
+    sa.Column("version", sa.Integer),
+    sa.Column("finish", sa.String),
+    sa.Column("rating", sa.Integer),
+    sa.Column("correction", sa.Text),
+    sa.Column("digest", sa.LargeBinary),  # of a turn's role and text
+    sa.Column("chain", sa.LargeBinary),  # of a turn and all turns before it
+    sa.Column("item", sa.LargeBinary),  # names an imported item
+    sa.UniqueConstraint("user_id", "item", name="entries_item"),
+    **NEVER_REUSED,
+)
+sa.Index("entries_of_user", entries.c.user_id, entries.c.id)
+sa.Index("entries_chain", entries.c.user_id, entries.c.chain)
+sa.Index("entries_digest", entries.c.user_id, entries.c.digest)
+sa.Index("entries_conversation", entries.c.user_id, entries.c.conversation)
+sa.Index("entries_parent", entries.c.parent)
+
+deletions = sa.Table(
+    "deletions",
+    metadata,
+    _user(),
+    sa.Column("digest", sa.LargeBinary, nullable=False),  # chain or item of a deleted entry: it must not come back
+    sa.PrimaryKeyConstraint("user_id", "digest"),
+)
+
+versions = sa.Table(
+    "versions",
+    metadata,
+    _user(),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("watermark", sa.Integer, nullable=False),
+    sa.Column("parent", sa.Integer),
+    sa.Column("base", sa.String, nullable=False),
+    sa.Column("sha256", sa.String, nullable=False),
+    sa.Column("bytes", sa.Integer, nullable=False),
+    sa.Column("created", Utc, nullable=False),
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id")),
+    sa.Column("plan", sa.JSON, nullable=False),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.PrimaryKeyConstraint("user_id", "number"),
+)
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    _user(),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("created", Utc, nullable=False),
+    sa.Column("started", Utc),
+    sa.Column("ended", Utc),
+    sa.Column("reason", sa.String),
+    sa.Column("version", sa.Integer),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    **NEVER_REUSED,
+)
+sa.Index("runs_of_user", runs.c.user_id, runs.c.id)
+sa.Index("runs_state", runs.c.state)
+
+# `entry_id` is no foreign key: it outlives the entry, so that a run that is still training on it can be recognised.
+run_examples = sa.Table(
+    "run_examples",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), nullable=False),
+    sa.Column("entry_id", sa.Integer, nullable=False),
+    sa.Column("frame", sa.String, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("weight", sa.Float, nullable=False),
+)
+sa.Index("run_examples_of_run", run_examples.c.run_id)
+sa.Index("run_examples_of_entry", run_examples.c.entry_id)
+
+tombstones = sa.Table(
+    "tombstones",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("salt", sa.LargeBinary, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False),  # salted hash of a forgotten user's name
+    sa.Column("created", Utc, nullable=False),
+)
+
+backups = sa.Table(
+    "backups",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("path", sa.String, nullable=False),
+    sa.Column("created", Utc, nullable=False),
+)

@@ -1,0 +1,349 @@
+"""The file itself: settings, schema, writers at once, damage, full disk, locks, backups."""
+
+import asyncio
+import logging
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic import autogenerate
+from alembic.migration import MigrationContext
+
+from persona.domain import Message, Role
+from persona.errors import Busy, ConfigurationError, SchemaError, StorageFull
+from storage import database, tables
+from storage.database import Database
+from storage.history import History
+from storage.users import Users
+
+HERE = Path(__file__).parent
+
+
+def plain(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None)
+
+
+async def one(connection, statement: str):
+    return (await connection.exec_driver_sql(statement)).scalar_one()
+
+
+async def test_a_commit_is_on_the_disk_and_deleted_bytes_are_overwritten(db):
+    async with db.write() as connection:
+        settings = {
+            name: await one(connection, f"PRAGMA {name}")
+            for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "busy_timeout", "temp_store")
+        }
+    assert settings == {
+        "journal_mode": "wal",
+        "synchronous": 2,
+        "foreign_keys": 1,
+        "secure_delete": 1,
+        "busy_timeout": 5000,
+        "temp_store": 2,
+    }
+
+
+async def test_readers_cannot_write(db):
+    with pytest.raises(sa.exc.OperationalError):
+        async with db.read() as connection:
+            await connection.exec_driver_sql("DELETE FROM users")
+
+
+async def write_and_raise(db: Database) -> None:
+    async with db.write() as connection:
+        await connection.execute(sa.insert(tables.tombstones).values(salt=b"", digest=b"", created=datetime.now(UTC)))
+        raise KeyError
+
+
+async def test_a_writer_that_raises_leaves_nothing(db):
+    with pytest.raises(KeyError):
+        await write_and_raise(db)
+    async with db.read() as connection:
+        assert await one(connection, "SELECT count(*) FROM tombstones") == 0
+
+
+async def test_a_writer_that_is_cancelled_anywhere_leaves_nothing_half_done_and_blocks_nobody(db, history, ann, now):
+    async def place(text: str) -> None:
+        await history.place(ann.id, [Message(Role.USER, text)], conversation_id=None, now=now, count=len)
+
+    for step in range(60):
+        task = asyncio.create_task(place(f"cancelled {step}"))
+        for _ in range(step):
+            await asyncio.sleep(0.0002)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.wait_for(place(f"after {step}"), 5)
+    texts = [entry.text for entry in await history.page(ann.id, limit=1000)]
+    assert len(texts) == len(set(texts))
+    assert {f"after {step}" for step in range(60)} <= set(texts)
+    await db.check()
+
+
+async def test_five_writers_at_once_in_one_process_all_succeed(db, users, now):
+    history = History(db)
+    people = [await users.add(f"user{at}") for at in range(5)]
+
+    async def write(user) -> None:
+        for at in range(40):
+            await history.place(
+                user.id, [Message(Role.USER, f"message {at}")], conversation_id=None, now=now, count=len
+            )
+
+    await asyncio.gather(*(write(user) for user in people))
+    for user in people:
+        assert [entry.text for entry in await history.page(user.id)] == [f"message {at}" for at in range(40)]
+
+
+async def test_five_writers_at_once_on_five_connections_all_succeed(db, users, now):
+    people = [await users.add(f"user{at}") for at in range(5)]
+    opened = [await Database.open(db.path) for _ in people]
+
+    async def write(user, own: Database) -> None:
+        for at in range(30):
+            await History(own).place(
+                user.id, [Message(Role.USER, f"message {at}")], conversation_id=None, now=now, count=len
+            )
+
+    await asyncio.gather(*(write(user, own) for user, own in zip(people, opened, strict=True)))
+    for own in opened:
+        await own.close()
+    for user in people:
+        assert len(await History(db).page(user.id)) == 30
+    await db.check()
+
+
+async def test_a_reader_sees_one_state_while_others_write(db, users):
+    async with db.read() as connection:
+        before = await one(connection, "SELECT count(*) FROM users")
+        await users.add("ann")
+        assert await one(connection, "SELECT count(*) FROM users") == before
+    assert len(await users.all()) == 1
+
+
+@pytest.fixture
+def locked(db) -> Iterator[None]:
+    """Another program holds the write lock for six seconds."""
+    command_line = [sys.executable, str(HERE / "hold_lock.py"), str(db.path), "6"]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        yield
+
+
+async def test_threat_24_a_lock_that_another_program_holds_is_waited_for(db, users, locked):
+    assert await users.all() == []
+    assert (await users.add("ann")).id == 1
+
+
+async def test_threat_24_a_lock_that_is_never_given_back_is_reported(tmp_path):
+    db = await Database.open(tmp_path / "persona.db", patience=0.0)
+    holder = plain(db.path)
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(Busy) as busy:
+        await Users(db).add("ann")
+    assert busy.value.retry_after > 0
+    holder.execute("ROLLBACK")
+    holder.close()
+    assert await Users(db).add("ann")
+    await db.close()
+
+
+async def test_threat_23_a_full_disk_is_reported_and_nothing_is_written(db, history, place, ann):
+    await place("before")
+    async with db.write() as connection:
+        pages = await one(connection, "PRAGMA page_count")
+    async with db._writer.connect() as connection:
+        await connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StorageFull) as full:
+        await place("canary " * 5000)
+    assert "canary" not in str(full.value)
+    assert "canary" not in str(full.value.__cause__)
+    async with db._writer.connect() as connection:
+        await connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+    assert [entry.text for entry in await history.page(ann.id)] == ["before"]
+    assert (await place("after")).user_entry
+    await db.check()
+
+
+async def test_threat_23_a_full_disk_does_not_lock_users_out(db, users, ann):
+    _, secret = await users.add_key(ann.id)
+    async with db._writer.connect() as connection:
+        pages = await one(connection, "PRAGMA page_count")
+        await connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    assert (await users.authenticate(secret)).user == ann
+
+
+async def test_threat_28_errors_of_the_driver_do_not_quote_parameters(db):
+    with pytest.raises(sa.exc.IntegrityError) as error:
+        async with db.write() as connection:
+            await connection.execute(sa.insert(tables.runs).values(user_id=77, state="canary", reason="canary"))
+    assert "canary" not in str(error.value)
+
+
+async def test_threat_28_nothing_of_what_is_stored_or_searched_is_logged_at_any_level(caplog, place, history, ann):
+    caplog.set_level(logging.DEBUG)
+    await place("the canary sings")
+    assert await history.search(ann.id, "canary", limit=1)
+    assert "canary" not in caplog.text
+
+
+async def test_the_file_is_private(db, ann):
+    for path in db.path.parent.glob("persona.db*"):
+        if path.name != "persona.db.lock":
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
+
+
+async def test_the_tables_in_code_are_those_that_the_migrations_make(db):
+    engine = sa.create_engine(f"sqlite:///{db.path}")
+    with engine.connect() as connection:
+        options = {
+            "compare_type": True,
+            "include_name": lambda name, kind, parents: not str(name).startswith("entries_fts"),
+        }
+        found = autogenerate.compare_metadata(MigrationContext.configure(connection, opts=options), tables.metadata)
+        numbered = connection.exec_driver_sql(
+            "SELECT name FROM sqlite_schema WHERE sql LIKE '%AUTOINCREMENT%' ORDER BY name"
+        )
+        assert list(numbered.scalars()) == ["entries", "keys", "runs", "users"]
+    engine.dispose()
+    assert found == []
+
+
+async def test_opening_again_changes_nothing(db, place, history, ann):
+    await place("hello")
+    await db.close()
+    again = await Database.open(db.path)
+    assert len(await History(again).page(ann.id)) == 1
+    assert database.upgrade_copies(db.path) == []
+    await again.close()
+
+
+async def test_ten_opening_at_once_make_one_schema(tmp_path):
+    path = tmp_path / "deep" / "persona.db"
+    opened = await asyncio.gather(*(Database.open(path) for _ in range(10)))
+    assert (await Users(opened[0]).add("ann")).id == 1
+    assert await Users(opened[9]).get("ann")
+    for db in opened:
+        await db.close()
+
+
+def test_the_migrations_are_found_from_any_folder_without_an_ini_file(tmp_path):
+    script = (
+        "import asyncio, pathlib\n"
+        "from storage.database import Database\n"
+        "async def main():\n"
+        "    db = await Database.open(pathlib.Path('here.db'))\n"
+        "    await db.check()\n"
+        "    await db.close()\n"
+        "asyncio.run(main())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "here.db").stat().st_size > 0
+
+
+async def test_threat_24_a_newer_schema_is_refused_in_clear_words_and_left_alone(db, ann):
+    await db.close()
+    with plain(db.path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    before = db.path.read_bytes()
+    with pytest.raises(SchemaError, match="schema 9999, and this persona knows schemas up to"):
+        await Database.open(db.path)
+    assert db.path.read_bytes() == before
+
+
+async def test_a_place_where_no_database_can_be_is_refused_in_clear_words(tmp_path):
+    (tmp_path / "persona.db").mkdir()
+    with pytest.raises(ConfigurationError, match="cannot be opened"):
+        await Database.open(tmp_path / "persona.db")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="cannot be opened"):
+        await Database.open(tmp_path / "file" / "persona.db")
+
+
+async def test_examining_a_file_changes_nothing(db, ann):
+    await db.close()
+    before = db.path.read_bytes()
+    assert database.examine(db.path) == ("0001", "0001")
+    assert db.path.read_bytes() == before
+
+
+async def test_threat_24_a_foreign_database_is_refused(tmp_path):
+    path = tmp_path / "persona.db"
+    with plain(path) as connection:
+        connection.execute("CREATE TABLE recipes (name TEXT)")
+    connection.close()
+    with pytest.raises(SchemaError, match="unknown"):
+        await Database.open(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "zeroed tail", "another kind of file"])
+async def test_threat_24_a_damaged_file_is_refused_in_clear_words(db, place, tmp_path, damage):
+    await place(*(f"message {at} " * 50 for at in range(60)))
+    await db.close()
+    good = db.path.read_bytes()
+    bad = {
+        "cut": good[: len(good) // 2 + 100],
+        "noise": good[:8192] + os.urandom(len(good) - 8192),
+        "zeroed tail": good[: len(good) // 2] + bytes(len(good) - len(good) // 2),
+        "another kind of file": b"hello, I am a text file\n" * 1000,
+    }[damage]
+    db.path.write_bytes(bad)
+    with pytest.raises(SchemaError, match=r"persona\.db is damaged .* copy a backup to its place"):
+        await Database.open(db.path)
+
+
+async def test_check_finds_damage_under_an_open_database(db, place):
+    await place(*(f"message {at} " * 50 for at in range(60)))
+    await db.check()
+    await db.scrub()
+    size = db.path.stat().st_size
+    with db.path.open("r+b") as file:
+        file.seek(size - 3 * 4096)
+        file.write(os.urandom(2 * 4096))
+    with pytest.raises(SchemaError, match="damaged"):
+        await db.check()
+
+
+async def test_a_crash_in_a_migration_leaves_the_schema_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "persona.db"
+    real = database.create_search
+    monkeypatch.setattr(database, "create_search", lambda connection: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        await Database.open(path)
+    with plain(path) as connection:
+        assert connection.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,)
+    connection.close()
+    monkeypatch.setattr(database, "create_search", real)
+    await (await Database.open(path)).close()
+
+
+async def test_scrub_says_when_another_program_keeps_the_log(db, place):
+    await place("hello")
+    reader = plain(db.path)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM users").fetchall()
+    await place("more")
+    assert not await db.scrub(wait=0.2)
+    reader.close()
+    assert await db.scrub(wait=5.0)
+    wal = db.path.with_name("persona.db-wal")
+    assert not wal.exists() or wal.stat().st_size == 0
+
+
+async def test_threat_32_words_that_no_scrub_took_out_of_the_index_leave_it_at_the_next_start(db, place):
+    entry = (await place("xylophonquartz", "I see", "and more words")).known[0]
+    async with db.write() as connection:
+        await database.unindex(connection, sa.select(tables.entries.c.id).where(tables.entries.c.id == entry))
+        await connection.execute(sa.update(tables.entries).where(tables.entries.c.id == entry).values(text="gone"))
+    await db.close()
+    assert b"xylophonquartz" in db.path.read_bytes()
+    await (await Database.open(db.path)).close()
+    assert b"xylophonquartz" not in db.path.read_bytes()

@@ -1,0 +1,122 @@
+"""`kill -9` wherever it hurts: the last good version serves, and what is half done is never seen."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from persona.domain import RunState, VersionState
+from storage.adapters import Adapters
+from storage.database import Database
+from storage.failpoints import KILLED
+from storage.history import History
+from storage.runs import Runs
+
+HERE = Path(__file__).parent
+BEFORE_POINTER = [
+    "publish-after-files",
+    "publish-after-manifest",
+    "publish-after-rename",
+    "publish-after-row",
+    "point-before-commit",
+]
+
+
+def child(script: str, *arguments: object, failpoint: str = "") -> subprocess.Popen[str]:
+    environment = {**os.environ, "PERSONA_FAILPOINT": failpoint, "PYTHONPATH": str(HERE.parents[1])}
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+async def killed(db, root, ann, place, make) -> Callable[[str], int]:
+    """`killed(failpoint)`: a process that publishes ann's second version dies there."""
+    entry = (await place("learn this")).tail
+    await make(ann.id, (entry,))
+
+    def run(failpoint: str) -> int:
+        process = child("kill_me.py", db.path, root, ann.id, entry, failpoint=failpoint)
+        process.communicate(timeout=60)
+        return process.returncode
+
+    return run
+
+
+async def reopened(db: Database, root: Path) -> tuple[Database, Adapters]:
+    await db.close()
+    again = await Database.open(db.path)
+    return again, Adapters(again, root)
+
+
+async def no_orphans(adapters: Adapters, root: Path, user_id: int) -> None:
+    """Every folder belongs to a version that may serve, and each of those is whole."""
+    serving = [v for v in await adapters.list(user_id) if v.state == VersionState.PUBLISHED]
+    for version in serving:
+        await adapters.verify(version)
+    assert sorted(path.name for path in (root / str(user_id)).iterdir()) == [str(v.number) for v in serving]
+
+
+@pytest.mark.parametrize("failpoint", BEFORE_POINTER)
+async def test_threat_07_killed_before_the_pointer_the_old_version_serves(killed, db, adapters, root, ann, failpoint):
+    for _ in range(2):
+        assert killed(failpoint) == KILLED
+    db, adapters = await reopened(db, root)
+    assert await adapters.repair()
+    assert await Runs(db).interrupt(datetime.now(UTC)) == 1
+    active = await adapters.active(ann.id)
+    assert (active.number, active.state) == (1, VersionState.PUBLISHED)
+    await no_orphans(adapters, root, ann.id)
+    await db.check()
+    assert await adapters.repair() == []
+    folder = await adapters.workspace(ann.id)
+    (folder / "adapter.safetensors").write_bytes(b"next")
+    version = await adapters.publish(
+        ann.id, folder, watermark=1, parent=1, base="base", run_id=None, metrics={}, plan={}
+    )
+    assert version.number == 4  # the numbers of the two killed attempts are spent
+    await db.close()
+
+
+async def test_threat_07_killed_after_the_pointer_the_new_version_serves(killed, db, root, ann):
+    assert killed("point-after-commit") == KILLED
+    db, adapters = await reopened(db, root)
+    assert await adapters.repair() == []
+    assert (await adapters.active(ann.id)).number == 2
+    await no_orphans(adapters, root, ann.id)
+    await db.check()
+    await db.close()
+
+
+async def test_threat_07_a_run_that_was_killed_is_marked_interrupted(killed, db, root, ann):
+    killed("publish-after-rename")
+    runs = Runs(db)
+    assert (await runs.last(ann.id)).state == RunState.RUNNING
+    assert await runs.interrupt(datetime.now(UTC)) == 1
+    last = await runs.last(ann.id)
+    assert (last.state, last.reason is not None, last.ended is not None) == (RunState.INTERRUPTED, True, True)
+    assert await runs.next() is None
+
+
+async def test_without_a_failpoint_the_child_publishes(killed, db, root, adapters, ann):
+    assert killed("") == 0
+    assert (await adapters.active(ann.id)).number == 2
+
+
+async def test_threat_07_killed_while_writing_every_acknowledged_turn_is_there(db, ann, root):
+    for round_ in range(3):
+        process = child("write_forever.py", db.path, ann.id)
+        for _ in range(20 + 7 * round_):
+            acknowledged = int(process.stdout.readline())
+        process.kill()
+        rest = process.communicate(timeout=60)[0].split()
+        acknowledged = int(rest[-1]) if rest else acknowledged
+        db, _ = await reopened(db, root)
+        await db.check()
+        stored = await History(db).page(ann.id, limit=100_000)
+        assert acknowledged <= len(stored)
+        assert [entry.text for entry in stored] == [f"message {number}" for number in range(len(stored))]
+    await db.close()
