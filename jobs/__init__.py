@@ -1,0 +1,1 @@
+"""Learning: from a user's history to a new version of their adapter, checked before it serves."""

@@ -1,0 +1,230 @@
+"""Training as a generator of slices: between two of them the engine serves.
+
+The base is the one that serves, never changed, written out one layer at a time. Only the activations at layer borders
+are kept; the backward pass recomputes one layer at a time. A slice is one layer over one pack of examples, or the
+head over one chunk of targets. Each slice enters and leaves its own grad scope.
+"""
+
+import math
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from jobs.sparse import SparseAdapter
+from persona.engine.adapter_file import Adapter
+from persona.engine.decoder import Decoder
+from persona.engine.protocol import Example, Plan, Progress, TrainRequest
+from persona.engine.weights import Projection
+from persona.errors import TrainingFailed
+
+HEAD_ROWS = 64  # targets whose logits are in memory at once
+MAX_SKIPPED = 3  # optimizer steps with a non-finite gradient before the run is given up
+ROUND = 64  # tokens to which a pack is filled up
+EXPLODED = 3.0  # times the first step's loss
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Examples side by side in one forward: they share the base's products and do not see each other."""
+
+    examples: tuple[Example, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e.tokens) for e in self.examples)
+
+    @property
+    def weight(self) -> float:
+        return sum(e.weight * len(e.targets) for e in self.examples)
+
+
+def packs(examples: list[Example], size: int) -> list[Pack]:
+    """Fill packs of at most `size` tokens in order; a longer example stands alone."""
+    made: list[list[Example]] = []
+    room = 0
+    for example in examples:
+        if not example.targets:
+            continue
+        if len(example.tokens) > room:
+            made.append([])
+            room = size
+        made[-1].append(example)
+        room -= len(example.tokens)
+    return [Pack(tuple(members)) for members in made]
+
+
+def batches(examples: list[Example], plan: Plan) -> list[list[Pack]]:
+    """Packs of one pass, grouped into optimizer steps of about `plan.batch_tokens` tokens."""
+    made: list[list[Pack]] = [[]]
+    for pack in packs(examples, plan.slice_tokens):
+        if made[-1] and sum(p.tokens for p in made[-1]) + pack.tokens > plan.batch_tokens:
+            made.append([])
+        made[-1].append(pack)
+    return [batch for batch in made if batch]
+
+
+def _check(examples: list[Example], vocab: int) -> None:
+    """Raise TrainingFailed for an example whose targets or tokens do not exist."""
+    for example in examples:
+        inside = all(0 < target < len(example.tokens) for target in example.targets)
+        if not inside or not all(0 <= token < vocab for token in example.tokens):
+            raise TrainingFailed("An example has targets outside its tokens, or tokens outside the vocabulary.")
+
+
+class Trainer:
+    """One training run. `slices()` is the whole of it."""
+
+    def __init__(self, decoder: Decoder, base: str, request: TrainRequest, start: Adapter | None) -> None:
+        self._decoder, self._plan, self._out = decoder, request.plan, Path(request.out)
+        self._adapter = SparseAdapter(decoder.shape, request.plan, base, decoder.dtype, decoder.device)
+        self._start = start
+        _check(request.examples, decoder.shape.vocab)
+        self._batches = self._ordered(request.examples)
+        if not self._batches:
+            raise TrainingFailed("There is nothing to train on: no example has a target.")
+
+    def slices(self) -> Iterator[Progress | None]:
+        """One item a slice: None, or progress after each optimizer step; the last has `done`."""
+        started, steps, seen, skipped, first = time.perf_counter(), len(self._batches), 0, 0, math.inf
+        yield from self._adapter.build()
+        if self._start is not None:
+            self._adapter.start_from(self._start)
+        optimizer = torch.optim.AdamW(
+            [self._adapter.values], lr=self._plan.learning_rate, betas=(0.9, 0.99), weight_decay=self._plan.weight_decay
+        )
+        for step, batch in enumerate(self._batches, 1):
+            weight = sum(pack.weight for pack in batch)
+            total = 0.0
+            for pack in batch:
+                total += yield from self._pack(pack, weight)
+                seen += pack.tokens
+            first = min(first, total) if step == 1 else first
+            sound = math.isfinite(total) and self._update(optimizer, step, steps)
+            skipped += not sound
+            self._watch(total, first, skipped)
+            yield Progress(step, steps, total, seen, time.perf_counter() - started, skipped)
+        self._adapter.save(self._out)
+        yield Progress(steps, steps, total, seen, time.perf_counter() - started, skipped, done=True)
+
+    def _ordered(self, examples: list[Example]) -> list[list[Pack]]:
+        """All passes: the examples in a new order each time, from a fixed seed."""
+        random = torch.Generator().manual_seed(self._plan.seed)
+        made: list[list[Pack]] = []
+        budget = self._plan.max_tokens or math.inf
+        for _ in range(self._plan.passes):
+            order = torch.randperm(len(examples), generator=random).tolist()
+            for batch in batches([examples[i] for i in order], self._plan):
+                if (budget := budget - sum(p.tokens for p in batch)) < 0:
+                    return made
+                made.append(batch)
+        return made
+
+    def _watch(self, loss: float, first: float, skipped: int) -> None:
+        if skipped > MAX_SKIPPED:
+            raise TrainingFailed("The loss or its gradient was not finite several times; nothing was published.")
+        if math.isfinite(loss) and loss > EXPLODED * first + 1:
+            raise TrainingFailed("The loss exploded; nothing was published. Lower learning.learning_rate.")
+        if self._adapter.norm() > self._plan.max_norm:
+            raise TrainingFailed("The update outgrew the base; nothing was published. Lower learning.learning_rate.")
+
+    def _update(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> bool:
+        """One optimizer step; False if it was left out because a gradient is not finite."""
+        self._adapter.gather_gradient()
+        norm = torch.nn.utils.clip_grad_norm_([self._adapter.values], self._plan.clip)
+        if not norm.isfinite():
+            return False
+        warmup = max(1, round(self._plan.warmup * steps))
+        share = min(step / warmup, (steps - step + 1) / max(1, steps - warmup + 1))
+        for group in optimizer.param_groups:
+            group["lr"] = self._plan.learning_rate * min(1.0, share)
+        optimizer.step()
+        self._adapter.scatter()
+        return True
+
+    def _pack(self, pack: Pack, weight: float) -> Generator[None, None, float]:
+        """Forward, head and backward of one pack. Returns its share of the batch's mean loss."""
+        decoder = self._decoder
+        run = _Forward(decoder, self._adapter, pack)
+        first = self._adapter.header.first
+        borders: list[torch.Tensor] = []
+        with torch.no_grad():
+            h = decoder.embedded(run.tokens)
+        for layer in range(decoder.shape.layers):
+            if layer >= first:
+                borders.append(h)
+            with torch.no_grad():
+                h = decoder.layer(layer, h, run)
+            yield
+        loss, gradient = yield from self._head(h, pack, weight, run)
+        for layer in range(decoder.shape.layers - 1, first - 1, -1):
+            with torch.enable_grad():
+                border = borders.pop().requires_grad_()
+                decoder.layer(layer, border, run).backward(gradient)  # type: ignore[no-untyped-call]
+            assert border.grad is not None
+            gradient = border.grad
+            yield
+        return loss
+
+    def _head(
+        self, h: torch.Tensor, pack: Pack, weight: float, run: "_Forward"
+    ) -> Generator[None, None, tuple[float, torch.Tensor]]:
+        """Weighted loss over the targets and its gradient for h, a chunk of targets a slice."""
+        rows, wanted, weights = run.targets(pack)
+        gradient = torch.zeros_like(h)
+        loss = 0.0
+        for start in range(0, len(rows), HEAD_ROWS):
+            chunk = slice(start, start + HEAD_ROWS)
+            with torch.enable_grad():
+                some = h[rows[chunk]].detach().requires_grad_()
+                losses = F.cross_entropy(self._decoder.logits(some), wanted[chunk], reduction="none")
+                share = (losses * weights[chunk]).sum() / weight
+                share.backward()  # type: ignore[no-untyped-call]
+            assert some.grad is not None
+            gradient.index_add_(0, rows[chunk], some.grad)
+            loss += float(share.detach())
+            yield
+        return loss, gradient
+
+
+class _Forward:
+    """One pack's pass through the decoder: implements decoder.Pass, with gradients for B where they are enabled."""
+
+    def __init__(self, decoder: Decoder, adapter: SparseAdapter, pack: Pack) -> None:
+        device = decoder.device
+        spare = -pack.tokens % ROUND  # few numbers of rows: oneDNN compiles a kernel for each
+        positions = [position for e in pack.examples for position in range(len(e.tokens))] + [0] * spare
+        owner = torch.tensor([i for i, e in enumerate(pack.examples) for _ in e.tokens] + [-1] * spare, device=device)
+        place = torch.tensor(positions, device=device)
+        tokens = [token for e in pack.examples for token in e.tokens] + [0] * spare
+        self.tokens = torch.tensor(tokens, device=device)
+        self.rotary = decoder.rotary(place)
+        self._mask = (owner[:, None] == owner) & (place[:, None] >= place)
+        self._adapter, self._device = adapter, device
+
+    def targets(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows whose prediction is trained, the tokens wanted there, their weights."""
+        rows, weights, start = [], [], 0
+        for example in pack.examples:
+            rows += [start + target - 1 for target in example.targets]
+            weights += [example.weight] * len(example.targets)
+            start += len(example.tokens)
+        places = torch.tensor(rows, device=self._device)
+        return places, self.tokens[places + 1], torch.tensor(weights, device=self._device)
+
+    def project(self, layer: int, target: str, base: Projection, x: torch.Tensor) -> torch.Tensor:
+        y = x @ base.dense(x.dtype)
+        if base.bias is not None:
+            y = y + base.bias.to(y.dtype)
+        factor = self._adapter.factors.get((layer, target))
+        if factor is None:
+            return y
+        return y + (x @ factor.a) @ (factor.b * self._adapter.scale).to(x.dtype)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [heads, tokens, dim]
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=self._mask, enable_gqa=True)
+        return out.squeeze(0).transpose(0, 1).reshape(q.shape[1], -1)

@@ -1,0 +1,215 @@
+"""The stored adapter: one safetensors file, numpy only, expanded to plain LoRA factors when it is loaded.
+
+Two forms, told apart by the header (JSON in the safetensors metadata):
+
+    sparse   B = values under a mask; A and the mask follow from `seed` (LoRI, Zhang et al. 2025), so only
+             values are stored: one fp16 tensor per target, [layers, nnz]
+    lora     A and B as imported, fp32, per layer and checkpoint module; the scale is folded into B
+
+The factors of a fused projection are A [rank, in] and B [out, rank] with y = base(x) + B(A x). A never depends on
+the user: all sparse adapters of one seed share it.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from persona.engine.shape import FUSED, TARGETS, Shape
+from persona.errors import AdapterError
+
+Array = NDArray[Any]
+FILE = "adapter.safetensors"
+MAX_BYTES = 1 << 30
+MAX_RANK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the values mean. `rank`, `alpha`, `density` and `seed` belong to the sparse form."""
+
+    form: str  # sparse or lora
+    base: str  # hash of the base it was trained on
+    first: int = 0  # first adapted layer
+    layers: int = 0  # number of adapted layers
+    rank: int = 0
+    alpha: float = 0.0
+    density: float = 0.0
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A parsed file."""
+
+    header: Header
+    tensors: dict[str, Array]
+
+    def factors(self, layer: int, target: str, shape: Shape) -> tuple[Array, Array] | None:
+        """A [rank, in] and B [out, rank] (scale included), fp32; None where the projection is not adapted."""
+        if self.header.form == "lora":
+            return _stacked(self.tensors, layer, target, shape)
+        return self._expanded(layer, target, shape)
+
+    def _expanded(self, layer: int, target: str, shape: Shape) -> tuple[Array, Array] | None:
+        head, values = self.header, self.tensors.get(target)
+        row = layer - head.first
+        if values is None or not 0 <= row < head.layers:
+            return None
+        out, inputs = shape.projection(target)
+        dense = np.zeros(out * head.rank, np.float32)
+        dense[mask(head.seed, layer, target, out * head.rank, head.density)] = values[row]
+        dense *= head.scale
+        return frozen_a(head.seed, layer, target, head.rank, inputs), dense.reshape(out, head.rank)
+
+
+def nnz(size: int, density: float) -> int:
+    """Trained entries of a B with `size` entries."""
+    return max(1, round(size * density))
+
+
+@lru_cache(maxsize=1024)
+def mask(seed: int, layer: int, target: str, size: int, density: float) -> Array:
+    """Flat indices of B's trained entries, ascending, int64 [nnz]. Stable across numpy versions."""
+    keys = _raw(seed, layer, target, "mask", size)
+    return np.sort(np.argpartition(keys, nnz(size, density) - 1)[: nnz(size, density)])
+
+
+@lru_cache(maxsize=1024)
+def frozen_a(seed: int, layer: int, target: str, rank: int, inputs: int) -> Array:
+    """The untrained factor A, uniform with variance 1/in: fp32 [rank, in]. Read-only: it is shared."""
+    raw = _raw(seed, layer, target, "a", rank * inputs) >> np.uint64(40)  # 24 bits: exact in fp32
+    unit = raw.astype(np.float32) * np.float32(2**-23) - np.float32(1)
+    made: Array = (unit * np.float32((3 / inputs) ** 0.5)).reshape(rank, inputs)
+    made.flags.writeable = False
+    return made
+
+
+def _raw(seed: int, layer: int, target: str, purpose: str, size: int) -> NDArray[np.uint64]:
+    """`size` random words. Raw generator output is the part of numpy's random API that never changes."""
+    name = f"{seed}/{layer}/{target}/{purpose}".encode()
+    key = int.from_bytes(hashlib.sha256(name).digest()[:16], "big")
+    words: NDArray[np.uint64] = np.random.Philox(key=key).random_raw(size)
+    return words
+
+
+def _stacked(tensors: dict[str, Array], layer: int, target: str, shape: Shape) -> tuple[Array, Array] | None:
+    """Separate LoRA factors of the modules in a fused projection: A stacked, B block-diagonal."""
+    blocks = []
+    start = 0
+    for module, rows in zip(FUSED[target], shape.rows(target), strict=True):
+        if (a := tensors.get(f"{layer}.{module}.A")) is not None:
+            blocks.append((start, a, tensors[f"{layer}.{module}.B"]))
+        start += rows
+    if not blocks:
+        return None
+    b = np.zeros((start, sum(len(a) for _, a, _ in blocks)), np.float32)
+    column = 0
+    for row, a, part in blocks:
+        b[row : row + len(part), column : column + len(a)] = part
+        column += len(a)
+    return np.concatenate([a for _, a, _ in blocks]).astype(np.float32), b
+
+
+def write(folder: Path, header: Header, tensors: dict[str, Array]) -> Path:
+    """Write adapter.safetensors into `folder`."""
+    file = folder / FILE
+    file.write_bytes(save(tensors, metadata={"persona": json.dumps(asdict(header))}))
+    return file
+
+
+def read(folder: Path, sha256: str, base: str, shape: Shape) -> Adapter:
+    """Load and verify. Raises AdapterError if it is missing, corrupt, for another base, or does not fit `shape`."""
+    adapter = parse(_content(folder, sha256))
+    if adapter.header.base != base:
+        raise AdapterError("The adapter was trained on another base; it sleeps until its user is trained again.")
+    check(adapter, shape)
+    return adapter
+
+
+def _content(folder: Path, sha256: str) -> bytes:
+    try:
+        file = folder / FILE
+        if file.stat().st_size > MAX_BYTES:
+            raise AdapterError(f"The adapter file is larger than {MAX_BYTES} bytes.")
+        content = file.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"The adapter file cannot be read: {error.strerror}.") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise AdapterError("The adapter file does not match its checksum.")
+    return content
+
+
+def parse(content: bytes) -> Adapter:
+    """Raises AdapterError for anything but a persona adapter file."""
+    try:
+        size = int.from_bytes(content[:8], "little")
+        about = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["persona"])
+        if not set(about) <= set(Header.__slots__):
+            raise ValueError  # a later form, whose meaning is unknown here
+        return Adapter(msgspec.convert(about, Header), load(content))
+    except (SafetensorError, msgspec.ValidationError, ValueError, KeyError, TypeError, RecursionError):
+        raise AdapterError("The file is not a persona adapter.") from None
+
+
+def check(adapter: Adapter, shape: Shape) -> None:
+    """Sizes, ranks and values. Raises AdapterError."""
+    head = adapter.header
+    if head.form == "sparse":
+        _check_sparse(adapter, shape)
+    elif head.form == "lora":
+        _check_lora(adapter, shape)
+    else:
+        raise AdapterError(f"The adapter form {head.form!r} is unknown to this version of persona.")
+    for tensor in adapter.tensors.values():
+        if not np.isfinite(tensor).all():
+            raise AdapterError("The adapter holds values that are not finite.")
+
+
+def _check_sparse(adapter: Adapter, shape: Shape) -> None:
+    head = adapter.header
+    if not (1 <= head.rank <= MAX_RANK and 0 < head.density <= 1 and math.isfinite(head.alpha)):
+        raise AdapterError("The adapter's rank, alpha or density is out of range.")
+    if not (head.layers >= 1 and 0 <= head.first <= shape.layers - head.layers):
+        raise AdapterError("The adapter's layers are not layers of this base.")
+    for name, values in adapter.tensors.items():
+        wanted = (head.layers, nnz(shape.projection(name)[0] * head.rank, head.density)) if name in TARGETS else None
+        if values.shape != wanted:
+            raise AdapterError(f"The adapter's tensor {name} does not fit this base.")
+
+
+def _check_lora(adapter: Adapter, shape: Shape) -> None:
+    names = {name.rpartition(".")[0] for name in adapter.tensors}
+    if set(adapter.tensors) != {f"{name}.{half}" for name in names for half in "AB"}:
+        raise AdapterError("The adapter holds something else than pairs of factors.")
+    for name in names:
+        layer, _, module = name.partition(".")
+        if not layer.isdecimal():
+            raise AdapterError(f"The adapter's module {name[:100]!r} is not one of this base.")
+        check_factors(int(layer), module, adapter.tensors[name + ".A"], adapter.tensors[name + ".B"], shape)
+
+
+def check_factors(layer: int, module: str, a: Array, b: Array, shape: Shape) -> None:
+    """Whether A and B fit the checkpoint module `module` of that layer. Raises AdapterError."""
+    target = next((target for target, modules in FUSED.items() if module in modules), None)
+    if target is None or layer >= shape.layers:
+        raise AdapterError(f"The adapter's module {layer}.{module[:100]} is not one of this base.")
+    rows = shape.rows(target)[FUSED[target].index(module)]
+    inputs = shape.projection(target)[1]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inputs or b.shape[0] != rows:
+        raise AdapterError(f"The adapter's module {layer}.{module} does not fit this base.")
+    if a.shape[0] != b.shape[1] or not 1 <= a.shape[0] <= MAX_RANK:
+        raise AdapterError(f"The adapter's module {layer}.{module} has a rank outside 1…{MAX_RANK}.")

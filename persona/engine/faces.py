@@ -1,0 +1,68 @@
+"""The three faces of the engine, as the service sees them: serving, versions, training.
+
+Each has one contract suite in tests/contracts that every implementation passes. `scripted.py` says what it is
+told, `client.py` speaks to the engine process. A method raises `Busy` (try later), `EngineDown` (being restarted)
+or `AdapterError` (that file cannot be served); closing an iterator aborts the work behind it.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from persona.engine.protocol import (
+    AdapterRef,
+    Chunk,
+    GenerateRequest,
+    Health,
+    Progress,
+    ScoreRequest,
+    TrainRequest,
+)
+
+
+class Serving(Protocol):
+    """Replies and log-probabilities."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """Yield chunks until one has `finish`. Closing the iterator aborts and frees the sequence's pages."""
+        ...
+
+    async def score(self, request: ScoreRequest) -> list[float]:
+        """Natural log-probabilities, one per target."""
+        ...
+
+    async def health(self) -> Health: ...
+
+
+class Versions(Protocol):
+    """Which adapters are resident. A request may name any version that was published."""
+
+    async def stage(self, ref: AdapterRef) -> None:
+        """Load and verify. Raises AdapterError and changes nothing if the file is corrupt or foreign."""
+        ...
+
+    async def flip(self, ref: AdapterRef) -> None:
+        """Make the staged version its user's newest; older ones leave once no sequence runs on them."""
+        ...
+
+    async def drop(self, user_id: int) -> None:
+        """Forget every version of the user that is in memory."""
+        ...
+
+
+class Training(Protocol):
+    """Turns examples into an adapter file, beside serving."""
+
+    def train(self, request: TrainRequest) -> AsyncIterator[Progress]:
+        """Yield progress until one is `done`: then adapter.safetensors lies in `request.out`.
+
+        Raises TrainingFailed with the reason otherwise. Closing the iterator abandons the run.
+        """
+        ...
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+
+class Engine(Serving, Versions, Training, Protocol):
+    """All three faces at once."""

@@ -1,0 +1,313 @@
+"""The life of the engine: one thread, one loop. inbox → step → outbox → slices.
+
+`handle` takes one request in, `work` runs one step and, when serving leaves time, one slice of training. Serving
+comes first: beside running sequences, training gets at most `SHARE` of their time. Any answer goes out through `send`.
+Nothing here blocks, and nothing that fails in one request or in training reaches another.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from persona.engine import protocol, sampler
+from persona.engine.lora import Resident
+from persona.engine.protocol import AdapterRef, Chunk, Failed, Health, Piece, Progress, Reply, Request, Scores
+from persona.engine.runner import Result, Runner
+from persona.engine.sampler import Sampler
+from persona.engine.scheduler import Plan, Scheduler, Sequence
+from persona.engine.stops import Stops
+from persona.engine.text import Detokenizer, Text
+from persona.engine.tiers import Tiers
+from persona.errors import Busy, PersonaError, RequestError, TooLarge, TrainingFailed
+
+SHARE = 0.09  # of busy time that training may take (PEERS' M8 allows gaps to grow by a tenth)
+
+Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
+log = structlog.get_logger("engine")
+
+
+class Base(Protocol):
+    """The unchanging part of Health."""
+
+    def __call__(self) -> Health: ...
+
+
+@dataclass(slots=True)
+class _Generation:
+    """A reply in the making."""
+
+    sequence: Sequence
+    adapter: Resident | None
+    sampler: Sampler
+    words: Detokenizer
+    stops: Stops
+    generated: int = 0
+
+
+@dataclass(slots=True)
+class _Scoring:
+    """Log-probabilities in the making."""
+
+    sequence: Sequence
+    adapter: Resident | None
+    found: list[float]
+
+
+class EngineLoop:
+    """Everything between messages in and messages out."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: Runner,
+        tiers: Tiers,
+        text: Text,
+        train: Train,
+        about: Base,
+        eos: frozenset[int],
+        send: Callable[[Reply], None],
+    ) -> None:
+        self._scheduler, self._runner, self._tiers = scheduler, runner, tiers
+        self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
+        self._jobs: dict[int, _Generation | _Scoring] = {}
+        self._training: tuple[int, Iterator[Progress | None]] | None = None
+        self._paused = False
+        self._steps = self._slices = self._tokens = 0
+        self._serving_time = self._slice_time = 0.0  # while sequences run
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to do until the next message."""
+        return self._scheduler.idle and (self._training is None or self._paused)
+
+    def handle(self, request: Request) -> None:
+        """Take one request in; answers go to `send`, now or later."""
+        try:
+            self._dispatch(request)
+        except PersonaError as error:
+            self._fail(request.id, error)
+
+    def work(self) -> None:
+        """One step of serving, then a slice of training if serving leaves time for it."""
+        plan = self._scheduler.plan()
+        if plan:
+            started = time.perf_counter()
+            self._step(plan)
+            self._serving_time += time.perf_counter() - started
+        if self._training and not self._paused and (not plan or self._slice_time < SHARE * self._serving_time):
+            started = time.perf_counter()
+            self._slice(*self._training)
+            self._slice_time += (time.perf_counter() - started) * bool(plan)
+
+    def check(self) -> None:
+        """Assert that no page leaked."""
+        self._scheduler.check()
+
+    # --- inbox
+
+    def _dispatch(self, request: Request) -> None:
+        match request:
+            case protocol.Generate():
+                self._generate(request.id, request.request)
+            case protocol.Score():
+                self._score(request.id, request.request)
+            case protocol.Abort():
+                self._abort(request.id)
+            case protocol.Stage():
+                self._tiers.get(request.ref, self._in_use())
+                self._send(protocol.Done(request.id))
+            case protocol.Flip():
+                self._tiers.flip(request.ref, self._in_use())
+                self._send(protocol.Done(request.id))
+            case protocol.Drop():
+                self._tiers.drop(request.user_id)
+                self._runner.forget()
+                self._send(protocol.Done(request.id))
+            case protocol.Train():
+                self._start_training(request.id, request.request)
+            case protocol.Pause() | protocol.Resume():
+                self._paused = isinstance(request, protocol.Pause)
+                self._send(protocol.Done(request.id))
+            case protocol.Ping():
+                self._send(protocol.Pong(request.id, self._health()))
+
+    def _generate(self, job: int, request: protocol.GenerateRequest) -> None:
+        if self._scheduler.full():
+            raise Busy("Too many requests are waiting; try again in a few seconds.", retry_after=5)
+        limit = len(request.tokens) + request.sampling.max_tokens
+        sequence = self._sequence(job, request.tokens, limit, request.adapter)
+        self._jobs[job] = _Generation(
+            sequence,
+            self._resident(request.adapter),
+            Sampler(request.sampling),
+            Detokenizer(self._text),
+            Stops(request.sampling.stop),
+        )
+        self._scheduler.add(sequence)
+
+    def _score(self, job: int, request: protocol.ScoreRequest) -> None:
+        if not request.targets:
+            self._send(Scores(job, []))
+            return
+        wanted = sorted(set(request.targets))
+        if request.targets != wanted or wanted[0] < 1 or wanted[-1] >= len(request.tokens):
+            raise RequestError("Targets to score must ascend and lie inside the tokens, after the first.")
+        sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
+        sequence.targets, sequence.background = tuple(request.targets), True
+        self._jobs[job] = _Scoring(sequence, self._resident(request.adapter), [])
+        self._scheduler.add(sequence)
+
+    def _sequence(self, job: int, tokens: list[int], limit: int, adapter: AdapterRef | None) -> Sequence:
+        about = self._about()
+        if not tokens:
+            raise RequestError("The prompt is empty.")
+        if limit > about.context or not self._scheduler.fits(limit):
+            raise TooLarge(
+                f"Prompt and reply together are {limit} tokens; at most {about.context} fit.",
+                code="context_length_exceeded",
+            )
+        return Sequence(job, list(tokens), len(tokens), limit, adapter)
+
+    def _resident(self, ref: AdapterRef | None) -> Resident | None:
+        return None if ref is None else self._tiers.get(ref, self._in_use())
+
+    def _in_use(self) -> set[AdapterRef]:
+        return {s.adapter for s in self._scheduler.sequences() if s.adapter is not None}
+
+    def _abort(self, job: int) -> None:
+        if job in self._jobs:
+            self._finish(job, "abort")
+        elif self._training and self._training[0] == job:
+            self._end_training()
+            self._fail(job, TrainingFailed("The training was abandoned."))
+
+    def _start_training(self, job: int, request: protocol.TrainRequest) -> None:
+        if self._training:
+            raise Busy("Another training is running; try again when it has ended.", retry_after=30)
+        self._training = job, self._train(request)
+
+    def _health(self) -> Health:
+        return protocol.replace(
+            self._about(),
+            running=self._scheduler.running,
+            waiting=self._scheduler.waiting,
+            resident=len(self._tiers),
+            free_pages=self._scheduler.pool.free,
+            pages=self._scheduler.pool.total,
+            training=self._training is not None,
+            steps=self._steps,
+            slices=self._slices,
+            generated=self._tokens,
+        )
+
+    # --- step
+
+    def _step(self, plan: Plan) -> None:
+        sequences = [*plan.decode, *(segment.sequence for segment in plan.prefill)]
+        try:
+            result = self._runner.run(plan, {s.id: self._jobs[s.id].adapter for s in sequences})
+        except RuntimeError as error:  # out of memory, mostly: these requests end, the engine goes on
+            log.error("step failed", rows=len(sequences), kind=type(error).__name__)
+            for job in {s.id for s in sequences}:
+                self._finish(job, "error", "The engine ran out of memory under this request; try a shorter one.")
+            return
+        self._steps += 1
+        self._deliver(result)
+
+    def _deliver(self, result: Result) -> None:
+        for sequence, found in result.scores:
+            self._collect(sequence, found)
+        if not result.next:
+            return
+        finite = result.logits.amax(-1).isfinite().tolist()
+        jobs = [self._jobs[s.id] for s in result.next]
+        tokens = sampler.draw(result.logits.nan_to_num(), [j.sampler for j in jobs if isinstance(j, _Generation)])
+        for sequence, token, sound in zip(result.next, tokens, finite, strict=True):
+            if sound:
+                self._extend(sequence.id, token)
+            else:
+                self._finish(sequence.id, "error", "The adapter of this request computes values that are not finite.")
+
+    def _collect(self, sequence: Sequence, found: list[float]) -> None:
+        job = self._jobs[sequence.id]
+        assert isinstance(job, _Scoring)
+        job.found += found
+        if not sequence.prefilling:
+            self._remove(sequence.id)
+            self._send(Scores(sequence.id, job.found))
+
+    def _extend(self, job: int, token: int) -> None:
+        generation = self._jobs[job]
+        assert isinstance(generation, _Generation)
+        generation.generated += 1
+        self._tokens += 1
+        if token in self._eos:
+            self._finish(job, "stop")
+            return
+        generation.sequence.tokens.append(token)
+        shown, stopped = generation.stops.feed(generation.words.add(token))
+        if stopped:
+            self._finish(job, "stop", shown=shown)
+        elif len(generation.sequence.tokens) >= generation.sequence.limit:
+            self._finish(job, "length", shown=shown)
+        elif shown:
+            self._send(Piece(job, Chunk(shown, generation.generated)))
+
+    def _finish(self, job: int, finish: str, error: str | None = None, shown: str | None = None) -> None:
+        """End a job with its last answer. `shown` given means that a stop string or the limit ended the text."""
+        ended = self._remove(job)
+        if isinstance(ended, _Scoring):
+            self._fail(job, Busy(error or "The scoring was aborted."))
+            return
+        text = shown or ""
+        if shown is None or finish == "length":
+            tail, stopped = ended.stops.feed(ended.words.flush())
+            text += tail if stopped else tail + ended.stops.flush()
+            finish = "stop" if stopped and finish == "length" else finish
+        self._send(Piece(job, Chunk(text, ended.generated, finish, error)))
+
+    def _remove(self, job: int) -> _Generation | _Scoring:
+        ended = self._jobs.pop(job)
+        self._scheduler.remove(ended.sequence)
+        return ended
+
+    def _fail(self, job: int, error: PersonaError) -> None:
+        retry = error.retry_after if isinstance(error, Busy) else 0
+        self._send(Failed(job, type(error).__name__, error.message, error.code, retry))
+
+    # --- slices
+
+    def _slice(self, job: int, slices: Iterator[Progress | None]) -> None:
+        self._slices += 1
+        try:
+            progress = next(slices)
+        except PersonaError as error:
+            self._end_training()
+            self._fail(job, error)
+        except Exception as error:  # whatever it is, serving goes on
+            self._end_training()
+            log.error("training failed", kind=type(error).__name__)
+            self._fail(job, TrainingFailed(f"The training stopped on {type(error).__name__}: {_cause(error)}"))
+        else:
+            if progress is not None:
+                if progress.done:
+                    self._end_training()
+                self._send(protocol.Step(job, progress))
+
+    def _end_training(self) -> None:
+        if self._training:
+            close = getattr(self._training[1], "close", None)
+            if close is not None:
+                close()
+        self._training = None
+
+
+def _cause(error: BaseException) -> str:
+    """The system's own words for a failure: never user text."""
+    if isinstance(error, OSError):
+        return f"{error.strerror}."
+    return "out of memory, or a fault in the computation; serving goes on."

@@ -1,0 +1,119 @@
+"""Adapters on the device, and their batched products: rows of one step may each carry another adapter, or none.
+
+Decode rows of equal shape go through one batched product, so ranks are never padded to a neighbour's; each prompt
+segment has a plain product of its own. The base's product is untouched: y = base(x) + B(A x).
+
+    A of one layer and target: [in, rank]      (all sparse adapters of a seed share one tensor)
+    B of one layer and target: [rank, out]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from persona.engine.adapter_file import Adapter
+from persona.engine.shape import TARGETS, Shape
+from persona.engine.weights import product
+
+Factors = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Resident:
+    """One version's factors on the device."""
+
+    factors: Factors
+    kind: tuple[object, ...]  # adapters of one kind fit into one batched product
+
+    def nbytes(self) -> int:
+        """Bytes that only this adapter holds: shared A's are not counted."""
+        return sum(b.nbytes for _, b in self.factors.values())
+
+
+class Shared:
+    """The A's that many adapters have in common, by their identity in memory."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[object, torch.Tensor]] = {}
+
+    def tensor(self, array: object, made: torch.Tensor) -> torch.Tensor:
+        """The device tensor for `array`: `made`, or the one made for it before."""
+        return self._known.setdefault(id(array), (array, made))[1]
+
+
+def promote(adapter: Adapter, shape: Shape, dtype: torch.dtype, device: torch.device, shared: Shared) -> Resident:
+    """Expand a verified adapter and put it on the device."""
+    factors: Factors = {}
+    for layer in range(shape.layers):
+        for target in TARGETS:
+            if (pair := adapter.factors(layer, target, shape)) is None:
+                continue
+            a = torch.tensor(pair[0]).t().contiguous().to(device, dtype)
+            if adapter.header.form == "sparse":
+                a = shared.tensor(pair[0], a)
+            factors[layer, target] = a, torch.from_numpy(pair[1]).t().contiguous().to(device, dtype)
+    return Resident(factors, tuple((key, a.shape[1]) for key, (a, _) in factors.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Consecutive decode rows whose adapters have one kind. b[key]: [rows, rank, out]."""
+
+    start: int
+    end: int
+    a: dict[tuple[int, str], torch.Tensor]  # [in, rank] where shared, else [rows, in, rank]
+    b: dict[tuple[int, str], torch.Tensor]
+
+
+class StepAdapters:
+    """The adapters of one step's rows. Decode stacks are kept from step to step while the rows stay the same."""
+
+    def __init__(self) -> None:
+        self._rows: tuple[Resident | None, ...] = ()
+        self._groups: list[_Group] = []
+        self._segments: list[tuple[int, int, Resident]] = []
+
+    def arrange(self, decode: Sequence[Resident | None], segments: list[tuple[int, int, Resident]]) -> None:
+        """`decode`: one per row, sorted so that equal kinds are neighbours. `segments`: (start, end, adapter)."""
+        rows = tuple(decode)
+        if len(rows) != len(self._rows) or any(a is not b for a, b in zip(rows, self._rows, strict=True)):
+            self._rows, self._groups = rows, _grouped(rows)
+        self._segments = segments
+
+    def add(self, layer: int, target: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x: [tokens, in] · y: [tokens, out] → y with every row's adapter added, in place."""
+        key = layer, target
+        for group in self._groups:
+            if key in group.b:
+                part = x[group.start : group.end].unsqueeze(1)
+                y[group.start : group.end] += torch.matmul(torch.matmul(part, group.a[key]), group.b[key]).squeeze(1)
+        for start, end, adapter in self._segments:
+            if key in adapter.factors:
+                a, b = adapter.factors[key]
+                y[start:end] += product(product(x[start:end], a), b)
+        return y
+
+
+def _grouped(rows: Sequence[Resident | None]) -> list[_Group]:
+    groups, start = [], 0
+    for kind, members in groupby(rows, key=lambda row: row.kind if row else None):
+        adapters = [member for member in members if member is not None]
+        if kind is not None:
+            groups.append(_stack(start, adapters))
+            start += len(adapters)
+        else:
+            break  # rows without an adapter come last
+    return groups
+
+
+def _stack(start: int, adapters: list[Resident]) -> _Group:
+    first = adapters[0].factors
+    a: dict[tuple[int, str], torch.Tensor] = {}
+    b: dict[tuple[int, str], torch.Tensor] = {}
+    for key, (left, _) in first.items():
+        lefts = [adapter.factors[key][0] for adapter in adapters]
+        a[key] = left if all(other is left for other in lefts) else torch.stack(lefts)
+        b[key] = torch.stack([adapter.factors[key][1] for adapter in adapters])
+    return _Group(start, start + len(adapters), a, b)

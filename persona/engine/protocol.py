@@ -1,0 +1,238 @@
+"""The messages between the service and the engine process: small, typed, msgpack, never pickle.
+
+Each frame on the socket is a 4-byte big-endian length and one message. Weights never cross it: they travel as
+files, named by `AdapterRef`.
+"""
+
+from typing import Any
+
+import msgspec
+
+from persona.domain import Version
+
+MAX_FRAME = 64 << 20
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """Names one immutable version: the engine loads it from `path` and refuses any other content."""
+
+    user_id: int
+    number: int
+    path: str  # folder holding adapter.safetensors
+    sha256: str  # of adapter.safetensors
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How the next token is drawn. `temperature` 0 is greedy."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class GenerateRequest(msgspec.Struct, frozen=True):
+    """Continue `tokens` for one user on one version (None: the bare base)."""
+
+    tokens: list[int]
+    sampling: Sampling = Sampling()
+    adapter: AdapterRef | None = None
+    user_id: int = 0
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A piece of a reply. The last one has `finish`: stop, length, abort or error (then `error` says why)."""
+
+    text: str
+    tokens: int = 0  # generated so far
+    finish: str | None = None
+    error: str | None = None
+
+
+class ScoreRequest(msgspec.Struct, frozen=True):
+    """Log-probabilities of `tokens[i]` given `tokens[:i]`, for each i of `targets` (ascending, all ≥ 1)."""
+
+    tokens: list[int]
+    targets: list[int]
+    adapter: AdapterRef | None = None
+
+
+class Example(msgspec.Struct, frozen=True):
+    """What the trainer sees: a token sequence and the positions whose prediction is trained."""
+
+    tokens: list[int]
+    targets: list[int]
+    weight: float = 1.0
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How one adapter is trained. The shape fields fix the stored form; the rest the optimisation."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    density: float = 0.1  # share of B's entries that train
+    seed: int = 0  # of the frozen A and of B's mask
+    passes: int = 2
+    batch_tokens: int = 1024  # tokens per optimizer step
+    slice_tokens: int = 256  # tokens per slice: bounds the time between two serving steps
+    learning_rate: float = 2e-3
+    warmup: float = 0.1  # share of the steps
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    max_norm: float = 50.0  # of the update relative to the frozen A's scale; above it the run fails
+    max_tokens: int = 0  # budget of trained-on tokens, 0: all passes
+    top_layers: int = 0  # adapt only the last N layers, 0: all
+
+
+class TrainRequest(msgspec.Struct, frozen=True):
+    """Train from `start` (None: from zero) and write adapter.safetensors into the folder `out`."""
+
+    examples: list[Example]
+    plan: Plan
+    out: str
+    start: AdapterRef | None = None
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a training is. The last one has `done`."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens: int  # seen so far
+    seconds: float
+    skipped: int = 0  # optimizer steps left out for a non-finite gradient
+    done: bool = False
+
+
+class Health(msgspec.Struct, frozen=True):
+    """What the engine says of itself."""
+
+    base: str  # hash of the base weights
+    model: str
+    device: str
+    weights: str  # nf4, int4 or none
+    context: int  # tokens one sequence may have
+    running: int = 0
+    waiting: int = 0
+    resident: int = 0  # adapters in memory
+    free_pages: int = 0
+    pages: int = 0
+    training: bool = False
+    steps: int = 0
+    slices: int = 0
+    generated: int = 0
+    memory: int = 0  # bytes, resident set or device
+    base_bytes: int = 0
+
+
+# Requests: service → engine. `id` is chosen by the client and names every answer.
+
+
+class Call(msgspec.Struct, frozen=True, tag_field="type"):
+    """A request with its id."""
+
+    id: int
+
+
+class Generate(Call, tag="generate", frozen=True):
+    request: GenerateRequest
+
+
+class Score(Call, tag="score", frozen=True):
+    request: ScoreRequest
+
+
+class Abort(Call, tag="abort", frozen=True):
+    """Ends the generation, score or training `id`; it is answered with its last message."""
+
+
+class Stage(Call, tag="stage", frozen=True):
+    ref: AdapterRef
+
+
+class Flip(Call, tag="flip", frozen=True):
+    ref: AdapterRef
+
+
+class Drop(Call, tag="drop", frozen=True):
+    user_id: int
+
+
+class Train(Call, tag="train", frozen=True):
+    request: TrainRequest
+
+
+class Pause(Call, tag="pause", frozen=True):
+    """Stop giving slices to training, until Resume."""
+
+
+class Resume(Call, tag="resume", frozen=True):
+    pass
+
+
+class Ping(Call, tag="ping", frozen=True):
+    pass
+
+
+Request = Generate | Score | Abort | Stage | Flip | Drop | Train | Pause | Resume | Ping
+
+
+# Answers: engine → service.
+
+
+class Answer(msgspec.Struct, frozen=True, tag_field="type"):
+    """An answer to the call `id`."""
+
+    id: int
+
+
+class Piece(Answer, tag="piece", frozen=True):
+    chunk: Chunk
+
+
+class Scores(Answer, tag="scores", frozen=True):
+    logprobs: list[float]
+
+
+class Done(Answer, tag="done", frozen=True):
+    """Stage, flip, drop, pause and resume succeeded."""
+
+
+class Step(Answer, tag="step", frozen=True):
+    progress: Progress
+
+
+class Pong(Answer, tag="pong", frozen=True):
+    health: Health
+
+
+class Failed(Answer, tag="failed", frozen=True):
+    """The call failed. `kind` is a class name of persona.errors; `code` and `retry_after` are what it carried."""
+
+    kind: str
+    message: str
+    code: str = ""
+    retry_after: int = 0
+
+
+Reply = Piece | Scores | Done | Step | Pong | Failed
+
+replace = msgspec.structs.replace
+_encoder = msgspec.msgpack.Encoder()
+requests: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Request)
+replies: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Reply)
+
+
+def pack(message: Request | Reply) -> bytes:
+    """One message as a frame. Raises ValueError above MAX_FRAME bytes."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")
+    return len(body).to_bytes(4, "big") + body
+
+
+def ref(version: Version) -> AdapterRef:
+    """How the engine is told of a stored version."""
+    return AdapterRef(version.user_id, version.number, version.path, version.sha256)

@@ -1,0 +1,165 @@
+"""One step of the engine: from a plan over integers to logits and log-probabilities.
+
+The rows of a step stand in one list of tokens, so that every base product is shared by all users:
+
+    | decode rows, sorted by adapter kind | segment of prompt 1 | segment of prompt 2 | …
+
+A step is built, run and thrown away; nothing but the cache pages survives it. Runs under no_grad, never
+inference_mode (its tensors could not be shared with training).
+"""
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+
+from persona.engine import attention
+from persona.engine.attention import DecodeRows, KvCache, PromptRows
+from persona.engine.decoder import Decoder
+from persona.engine.lora import Resident, StepAdapters
+from persona.engine.scheduler import Plan, Segment, Sequence
+from persona.engine.weights import Projection
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a step found. `logits`: [rows, vocab] for the sequences in `next`; `scores` per scored segment."""
+
+    next: list[Sequence]
+    logits: torch.Tensor
+    scores: list[tuple[Sequence, list[float]]]
+
+
+class Runner:
+    """Runs plans on one decoder and one cache."""
+
+    def __init__(self, decoder: Decoder, cache: KvCache) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._adapters = StepAdapters()
+
+    @torch.no_grad()
+    def run(self, plan: Plan, adapters: dict[int, Resident | None]) -> Result:
+        """`adapters`: by sequence id. Afterwards each sequence's `computed` has moved on."""
+        decode = sorted(plan.decode, key=lambda s: _order(adapters[s.id]))
+        step = self._step(decode, plan.prefill, adapters)
+        h = self._decoder.embedded(step.tokens)
+        for layer in range(self._decoder.shape.layers):
+            h = self._decoder.layer(layer, h, step)
+        for sequence in decode:
+            sequence.computed += 1
+        for segment in plan.prefill:
+            segment.sequence.computed = segment.end
+        return self._result(h, decode, plan.prefill)
+
+    def forget(self) -> None:
+        """Let go of the last step's adapters, which are kept for a next step with the same rows."""
+        self._adapters = StepAdapters()
+
+    def _step(self, decode: list[Sequence], prefill: list[Segment], adapters: dict[int, Resident | None]) -> "_Step":
+        tokens = [s.tokens[s.computed] for s in decode]
+        positions = [s.computed for s in decode]
+        slots = [self._slot(s, s.computed) for s in decode]
+        prompts, segments = [], []
+        for segment in prefill:
+            start, sequence = len(tokens), segment.sequence
+            if segment.start == 0:
+                self._cache.clear(sequence.pages)
+            tokens += sequence.tokens[segment.start : segment.end]
+            positions += range(segment.start, segment.end)
+            slots += [self._slot(sequence, t) for t in range(segment.start, segment.end)]
+            prompts.append(self._prompt_rows(segment, start))
+            if (adapter := adapters[sequence.id]) is not None:
+                segments.append((start, len(tokens), adapter))
+        self._adapters.arrange([adapters[s.id] for s in decode], segments)
+        rows = self._decode_rows(decode) if decode else None
+        return _Step(
+            self._tensor(tokens),
+            self._decoder.rotary(self._tensor(positions)),
+            self._tensor(slots),
+            rows,
+            prompts,
+            self._cache,
+            self._adapters,
+            len(decode),
+        )
+
+    def _decode_rows(self, decode: list[Sequence]) -> DecodeRows:
+        size = self._cache.size
+        used = max(s.computed // size + 1 for s in decode)
+        pages = self._tensor([(s.pages[:used] + s.pages[:1] * used)[:used] for s in decode])
+        lengths = self._tensor([s.computed + 1 for s in decode])
+        seen = torch.arange(used * size, device=lengths.device) < lengths[:, None]
+        return DecodeRows(pages, seen[:, None, None, :])
+
+    def _prompt_rows(self, segment: Segment, start: int) -> PromptRows:
+        size = self._cache.size
+        pages = segment.sequence.pages[: -(-segment.end // size)]
+        positions = torch.arange(segment.start, segment.end, device=self._decoder.device)
+        seen = torch.arange(len(pages) * size, device=positions.device) <= positions[:, None]
+        return PromptRows(start, start + segment.end - segment.start, self._tensor([pages]), seen)
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        page, place = divmod(position, self._cache.size)
+        return sequence.pages[page] * self._cache.size + place
+
+    def _result(self, h: torch.Tensor, decode: list[Sequence], prefill: list[Segment]) -> Result:
+        following, rows, scores = list(decode), list(range(len(decode))), []
+        start = len(decode)
+        for segment in prefill:
+            sequence = segment.sequence
+            if sequence.targets:
+                scores.append((sequence, self._scored(h[start:], segment)))
+            elif segment.end == sequence.prompt:
+                following.append(sequence)
+                rows.append(start + segment.end - segment.start - 1)
+            start += segment.end - segment.start
+        logits = self._decoder.logits(h[rows]) if rows else h.new_empty(0, self._decoder.shape.vocab)
+        return Result(following, logits, scores)
+
+    def _scored(self, h: torch.Tensor, segment: Segment) -> list[float]:
+        """Log-probabilities of the targets whose preceding token lies in this segment."""
+        sequence = segment.sequence
+        targets = [t for t in sequence.targets if segment.start < t <= segment.end]
+        found: list[float] = []
+        for some in _chunks(targets, 64):  # bounds the logits in memory
+            logits = self._decoder.logits(h[[t - 1 - segment.start for t in some]])
+            wanted = self._tensor([sequence.tokens[t] for t in some])
+            found += (logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(-1)).tolist()
+        return found
+
+    def _tensor(self, values: Rows[int] | list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._decoder.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The whole state of one forward: implements decoder.Pass."""
+
+    tokens: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    slots: torch.Tensor
+    decode: DecodeRows | None
+    prompts: list[PromptRows]
+    cache: KvCache
+    adapters: StepAdapters
+    rows: int  # how many decode rows
+
+    def project(self, layer: int, target: str, base: Projection, x: torch.Tensor) -> torch.Tensor:
+        return self.adapters.add(layer, target, x, base(x))
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.cache.write(layer, self.slots, k, v)
+        parts = []
+        if self.decode is not None:
+            parts.append(attention.decode(q[: self.rows], self.cache, layer, self.decode))
+        parts += [attention.prompt(q[rows.start : rows.end], self.cache, layer, rows) for rows in self.prompts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _order(adapter: Resident | None) -> tuple[bool, int, int]:
+    """Rows of one kind side by side, rows without an adapter last."""
+    return (True, 0, 0) if adapter is None else (False, hash(adapter.kind), id(adapter))
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,177 @@
+"""An engine that says what it is told, and a tokenizer made of bytes: for tests, demos of clients, and dry runs.
+
+It keeps the three faces to the letter (tests/contracts) without a model: same order of chunks, same errors, same
+meaning of closing an iterator.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+from persona.domain import Message, Rendered
+from persona.engine.protocol import (
+    AdapterRef,
+    Chunk,
+    GenerateRequest,
+    Health,
+    Progress,
+    ScoreRequest,
+    TrainRequest,
+)
+from persona.errors import AdapterError, Busy, RequestError, TrainingFailed
+
+Reply = str | Sequence[str] | Callable[[GenerateRequest], str]
+
+
+class ScriptedEngine:
+    """Replies with `reply`: one text, one after another, or a function of the request.
+
+    `score` gives the log-probabilities (default: −1 each). `trainable` is what training writes; None makes it fail.
+    Everything asked of it is kept in `requests`, `scored`, `trained`, `staged`, `flipped`, `dropped`, `aborted`.
+    """
+
+    def __init__(
+        self,
+        reply: Reply = "Hello.",
+        *,
+        delay: float = 0.0,
+        score: Callable[[ScoreRequest], list[float]] | None = None,
+        trainable: bytes | None = b"scripted adapter",
+        steps: int = 3,
+    ) -> None:
+        self._reply = reply
+        self._delay = delay
+        self._score = score
+        self.trainable = trainable
+        self.steps = steps
+        self.failure: Exception | None = None
+        self._training = False
+        self._resumed = asyncio.Event()
+        self._resumed.set()
+        self.requests: list[GenerateRequest] = []
+        self.scored: list[ScoreRequest] = []
+        self.trained: list[TrainRequest] = []
+        self.staged: list[AdapterRef] = []
+        self.flipped: list[AdapterRef] = []
+        self.dropped: list[int] = []
+        self.aborted = 0
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        self.requests.append(request)
+        if not request.tokens:
+            raise RequestError("The prompt is empty.")
+        self._check(request.adapter)
+        words = self._words(self._say(request))
+        kept = words[: request.sampling.max_tokens]
+        finish = "stop" if len(kept) == len(words) else "length"
+        ended = False
+        try:
+            for count, word in enumerate(kept, 1):
+                await asyncio.sleep(self._delay)
+                if self.failure is not None:
+                    raise self.failure
+                yield Chunk(word, count)
+            ended = True
+            yield Chunk("", len(kept), finish)
+        finally:
+            self.aborted += not ended
+
+    async def score(self, request: ScoreRequest) -> list[float]:
+        self._check(request.adapter)
+        wanted = sorted(set(request.targets))
+        if request.targets != wanted or (wanted and not 1 <= wanted[0] <= wanted[-1] < len(request.tokens)):
+            raise RequestError("Targets to score must ascend and lie inside the tokens, after the first.")
+        self.scored.append(request)
+        await asyncio.sleep(0)
+        return self._score(request) if self._score else [-1.0] * len(request.targets)
+
+    async def health(self) -> Health:
+        training = self._training
+        return Health("scripted", model="scripted", device="none", weights="none", context=8192, training=training)
+
+    async def stage(self, ref: AdapterRef) -> None:
+        self._check(ref)
+        self.staged.append(ref)
+
+    async def flip(self, ref: AdapterRef) -> None:
+        self.flipped.append(ref)
+
+    async def drop(self, user_id: int) -> None:
+        self.dropped.append(user_id)
+
+    async def train(self, request: TrainRequest) -> AsyncIterator[Progress]:
+        if self._training:
+            raise Busy("Another training is running; try again when it has ended.", retry_after=30)
+        self.trained.append(request)
+        self._training = True
+        try:
+            for step in range(1, self.steps + 1):
+                await asyncio.sleep(self._delay)
+                await self._resumed.wait()
+                yield Progress(step, self.steps, 1.0 / step, 100 * step, 0.1 * step)
+            if self.trainable is None:
+                raise TrainingFailed("The loss was not finite at step 1; nothing was published.")
+            await asyncio.to_thread(Path(request.out, "adapter.safetensors").write_bytes, self.trainable)
+            yield Progress(self.steps, self.steps, 1.0 / self.steps, 100 * self.steps, 0.1 * self.steps, done=True)
+        finally:
+            self._training = False
+
+    @property
+    def paused(self) -> bool:
+        return not self._resumed.is_set()
+
+    async def pause(self) -> None:
+        self._resumed.clear()
+
+    async def resume(self) -> None:
+        self._resumed.set()
+
+    def _say(self, request: GenerateRequest) -> str:
+        if callable(self._reply):
+            return self._reply(request)
+        if isinstance(self._reply, str):
+            return self._reply
+        return self._reply[(len(self.requests) - 1) % len(self._reply)]
+
+    @staticmethod
+    def _words(text: str) -> list[str]:
+        """One chunk a word; a word carries the space before it."""
+        head, *rest = text.split(" ")
+        return [head, *(" " + word for word in rest)] if text else []
+
+    @staticmethod
+    def _check(ref: AdapterRef | None) -> None:
+        if ref is None:
+            return
+        try:
+            content = Path(ref.path, "adapter.safetensors").read_bytes()
+        except OSError:
+            raise AdapterError(f"The file of version {ref.number} is missing.") from None
+        if hashlib.sha256(content).hexdigest() != ref.sha256:
+            raise AdapterError(f"The file of version {ref.number} does not match its checksum.")
+
+
+class ScriptedText:
+    """A ChatTokenizer of bytes: token = byte, and one token above 255 for each mark of the template."""
+
+    MARKS: tuple[str, ...] = ("system", "user", "assistant", "tool")
+    END = 255 + len(MARKS) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
+        tokens: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for message in messages:
+            tokens.append(256 + self.MARKS.index(message.role.value))
+            start = len(tokens)
+            tokens += [*self.encode(message.text), self.END]
+            spans.append((start, len(tokens)))
+        if reply:
+            tokens.append(256 + self.MARKS.index("assistant"))
+        return Rendered(tokens, tuple(spans))

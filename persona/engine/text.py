@@ -1,0 +1,136 @@
+"""The base's tokenizer and chat template, without torch or transformers: starts in milliseconds.
+
+Content never becomes a special token: the template is rendered around marks that no text contains, and each
+message is encoded on its own as plain text. That also gives the exact token range of every message.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from persona.domain import Message, Rendered
+from persona.errors import ModelError, RequestError
+
+# Two noncharacters of Unicode frame each message's number; they are removed from all content.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_FORBIDDEN = str.maketrans("", "", _OPEN + _CLOSE)
+
+
+class Text:
+    """Implements persona.domain.ChatTokenizer for a prepared model folder."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, special: dict[str, str]) -> None:
+        self._plain = tokenizer  # special tokens in its input stay text
+        self._plain.encode_special_tokens = True
+        self._marked = Tokenizer.from_str(tokenizer.to_str())
+        self._marked.encode_special_tokens = False
+        self._special = special
+        try:
+            self._template = _environment().from_string(template)
+        except TemplateError as error:
+            raise ModelError(f"The model's chat template cannot be read: {error}.") from None
+        # Template text repeats from request to request: "<|im_end|>\n<|im_start|>user\n" and its like.
+        self._frame = lru_cache(maxsize=1024)(self._encode_frame)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Text":
+        """Read tokenizer.json and chat.json of a prepared model. Raises ModelError if they are not there."""
+        try:
+            chat = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(f"The tokenizer of the prepared model cannot be read ({error}).") from None
+        return cls(tokenizer, chat["template"], chat["special"])
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text.translate(_FORBIDDEN), add_special_tokens=False).ids
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._plain.decode(list(tokens), skip_special_tokens=True))
+
+    def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
+        """Raises RequestError when the base's template refuses the order of roles."""
+        marked = [{"role": m.role.value, "content": f"{_OPEN}{i}{_CLOSE}"} for i, m in enumerate(messages)]
+        pieces = _MARK.split(self._apply(marked, reply))
+        tokens = list(self._frame(pieces[0]))
+        spans = [(0, 0)] * len(messages)
+        for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
+            start = len(tokens)
+            tokens += self.encode(messages[int(number)].text)
+            ending = self._frame(after)
+            # The end-of-turn token belongs to the message: learning when to stop is part of learning to speak.
+            spans[int(number)] = (start, len(tokens) + bool(ending))
+            tokens += ending
+        return Rendered(tokens, tuple(spans))
+
+    def _apply(self, messages: list[dict[str, str]], reply: bool) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=reply, **self._special)
+        except TemplateError as error:
+            raise RequestError(f"The model's chat template does not take these messages: {error}.") from None
+
+    def _encode_frame(self, text: str) -> tuple[int, ...]:
+        return tuple(self._marked.encode(text, add_special_tokens=False).ids)
+
+
+class Detokenizer:
+    """Turns a growing list of tokens into text, holding back characters that are still incomplete.
+
+    Decodes from the last safe border only, so a long reply costs no more per token than a short one.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._tokens: list[int] = []
+        self._border = 0  # everything before it was given out
+        self._given = ""  # text of tokens[self._border:] that was given out
+
+    def add(self, token: int) -> str:
+        """The new text that `token` completes, or ""."""
+        self._tokens.append(token)
+        text = self._text.decode(self._tokens[self._border :])
+        if text.endswith("\ufffd"):
+            return ""
+        return self._give(text)
+
+    def flush(self) -> str:
+        """Whatever is still held back, broken characters included."""
+        return self._give(self._text.decode(self._tokens[self._border :]))
+
+    def _give(self, text: str) -> str:
+        new = text[len(self._given) :]
+        self._given = text
+        if len(self._tokens) - self._border > 16:  # keep one token of context: some tokenizers join across it
+            last = self._text.decode(self._tokens[-1:])
+            if "\ufffd" not in last:  # else it is a part of a character
+                self._border, self._given = len(self._tokens) - 1, last
+        return new
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment that chat templates are written for, as transformers documents it."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now(UTC).strftime(form)
+    return environment
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)
