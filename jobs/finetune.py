@@ -1,0 +1,309 @@
+"""The recipe: new history → examples → candidate → gate → pointer → flip.
+
+Whatever fails, the run ends with one recorded sentence and the version that served goes on serving. A candidate is
+durable before it is judged and serves only after the gate kept it; one that is not kept loses its files.
+"""
+
+import asyncio
+import math
+import traceback
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import structlog
+
+from jobs import dataset, evaluate, retention
+from persona.domain import ChatTokenizer, EntryId, Run, RunState, User, UserId, Version, VersionState
+from persona.engine.faces import Engine
+from persona.engine.protocol import Plan, Progress, TrainRequest, ref
+from persona.errors import AdapterError, NotFound, PersonaError, TrainingFailed
+from persona.settings import Settings
+from storage.adapters import Adapters
+from storage.history import History
+from storage.runs import ExampleRow, Runs
+from storage.users import Users
+
+log = structlog.get_logger()
+
+ENTRIES = 20_000  # newest ones that a run looks at; max_run_tokens reaches far less far back
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """How a run will end. A `candidate` with state KEPT has still to be put into service."""
+
+    state: RunState
+    reason: str
+    candidate: Version | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Finetune:
+    """Runs one training run at a time. `progress` tells of those under way, by user."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        users: Users,
+        history: History,
+        adapters: Adapters,
+        runs: Runs,
+        engine: Engine,
+        tokenizer: ChatTokenizer,
+        base_hash: Callable[[], str],
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._settings = settings
+        self._users = users
+        self._history = history
+        self._adapters = adapters
+        self._runs = runs
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self.base_hash = base_hash
+        self.clock = clock
+        self.progress: dict[UserId, Progress] = {}
+
+    async def run(self, run: Run) -> Run:
+        """Carry out a queued run; returns it as it ended. Cancelled, it ends as interrupted and says so.
+
+        Raises NotFound if the user was forgotten meanwhile.
+        """
+        through = EntryId(0)  # what this run could see: enough text has to come after it before the next verdict
+        try:
+            await _undisturbed(self._runs.start(run.id, self.clock()))
+            through = await self._history.last_id(run.user_id)
+            outcome = await self._attempt(run)
+        except asyncio.CancelledError:
+            outcome = _Outcome(RunState.INTERRUPTED, "The run was stopped; the serving version is unchanged.")
+            await _undisturbed(self._close(run, outcome, through))
+            raise
+        finally:
+            self.progress.pop(run.user_id, None)
+        return await _undisturbed(self._close(run, outcome, through))
+
+    async def _attempt(self, run: Run) -> _Outcome:
+        try:
+            return await self._learn(run)
+        except (TrainingFailed, AdapterError) as error:
+            return _Outcome(RunState.FAILED, error.message)
+        except NotFound:
+            return _Outcome(RunState.FAILED, "The history or the version changed while this run was training.")
+        except PersonaError as error:  # busy, down or full: nothing is wrong with the text
+            return _Outcome(RunState.FAILED, error.message, metrics={"again": True})
+        except Exception as error:  # the worker goes on, whatever one user's run meets
+            log.error("run failed unexpectedly", run=run.id, error=type(error).__name__, at=_place(error))
+            return _Outcome(RunState.FAILED, f"An unexpected {type(error).__name__} ended the run.")
+
+    async def _learn(self, run: Run) -> _Outcome:
+        user = await self._user(run.user_id)
+        if obstacle := self._obstacle(user):
+            return _Outcome(RunState.DEFERRED, obstacle)
+        serving = await self._serving(user)
+        start = serving if serving is not None and self._continues(serving) else None
+        data = await self._dataset(user, start)
+        if isinstance(data, dataset.Deferred):
+            return _Outcome(RunState.DEFERRED, data.reason)
+        log.info("→ finetune", user=user.name, run=run.id, examples=len(data.examples), new_tokens=data.new_tokens)
+        candidate = await self._train(run, user, start, data)
+        verdict = await self._judge(candidate, serving, data)
+        metrics = {**verdict.metrics(), "examples": len(data.examples), "new_tokens": data.new_tokens}
+        state = RunState.KEPT if verdict.keep else RunState.REJECTED
+        return _Outcome(state, verdict.reason, candidate, metrics)
+
+    async def _user(self, user_id: UserId) -> User:
+        user = await self._users.by_id(user_id)
+        if user is None:
+            raise NotFound("There is no such user.")
+        return user
+
+    def _obstacle(self, user: User) -> str | None:
+        if not self._settings.learning.enabled:
+            return "Learning is switched off; the setting is learning.enabled."
+        return None if user.learn and not user.paused else "Learning is paused or off for this user."
+
+    async def _serving(self, user: User) -> Version | None:
+        """The version that answers; one of another base sleeps, and the bare base answers."""
+        active = await self._adapters.active(user.id)
+        return active if active is not None and active.base == self.base_hash() else None
+
+    def _continues(self, version: Version) -> bool:
+        """Whether training may go on from `version`: only one of the same shape, made here."""
+        return version.metrics.get("shape") == _shape(self._plan(1))
+
+    def _plan(self, passes: int) -> Plan:
+        learning = self._settings.learning
+        return Plan(
+            rank=learning.rank,
+            alpha=learning.alpha,
+            density=learning.density,
+            passes=passes,
+            batch_tokens=learning.batch_tokens,
+            slice_tokens=learning.slice_tokens,
+            learning_rate=learning.learning_rate,
+            max_tokens=learning.max_run_tokens,
+        )
+
+    async def _dataset(self, user: User, start: Version | None) -> dataset.Dataset | dataset.Deferred:
+        entries = await self._history.recent(user.id, EntryId(0), exclude=(), limit=ENTRIES)
+        watermark = start.watermark if start else EntryId(0)
+        return await asyncio.to_thread(
+            dataset.build,
+            [entry for entry in entries if entry.id > watermark],
+            replay=[entry for entry in entries if entry.id <= watermark],
+            seen=await self._seen(user),
+            tokenizer=self._tokenizer,
+            settings=self._settings.learning,
+            system=self._settings.prompt.system,
+            longest=await self._context(),
+        )
+
+    async def _context(self) -> int:
+        """Tokens that one sequence may have."""
+        return min(self._settings.engine.context, (await self._engine.health()).context)
+
+    async def _seen(self, user: User) -> EntryId:
+        """The last entry that any version which may serve on this base has absorbed."""
+        versions = await self._adapters.list(user.id)
+        mine = [v for v in versions if v.state is VersionState.PUBLISHED and v.base == self.base_hash()]
+        return max((version.watermark for version in mine), default=EntryId(0))
+
+    async def _train(self, run: Run, user: User, start: Version | None, data: dataset.Dataset) -> Version:
+        """A durable candidate. Its examples are on record first, so that whoever deletes one finds this run."""
+        rows = [
+            ExampleRow(sample.entry_id, sample.frame, len(sample.example.tokens), sample.example.weight)
+            for sample in data.examples
+        ]
+        await self._runs.set_examples(run.id, rows)
+        plan = self._plan(data.passes)
+        folder = await self._adapters.workspace(user.id)
+        try:
+            last = await self._follow(user, self._request(folder, plan, start, data))
+        except BaseException:
+            await asyncio.shield(self._adapters.discard(folder))
+            raise
+        return await self._adapters.publish(
+            user.id,
+            folder,
+            watermark=data.watermark,
+            parent=start.number if start else None,
+            base=self.base_hash(),
+            run_id=run.id,
+            metrics={"shape": _shape(plan), "steps": last.steps, "skipped": last.skipped, "training_loss": last.loss},
+            plan=msgspec.to_builtins(plan),
+        )
+
+    @staticmethod
+    def _request(folder: Path, plan: Plan, start: Version | None, data: dataset.Dataset) -> TrainRequest:
+        examples = [sample.example for sample in data.examples]
+        return TrainRequest(examples, plan, str(folder), ref(start) if start else None)
+
+    async def _follow(self, user: User, request: TrainRequest) -> Progress:
+        """Train to the end; returns the last progress."""
+        steps = cast(AsyncGenerator[Progress], self._engine.train(request))
+        async with aclosing(steps):
+            async for progress in steps:
+                self.progress[user.id] = progress
+                if progress.done:
+                    return _finite(progress)
+        raise TrainingFailed("The engine ended the training without a result.")
+
+    async def _judge(self, candidate: Version, serving: Version | None, data: dataset.Dataset) -> evaluate.Verdict:
+        """The gate's verdict. Whatever does not keep the candidate takes its files away."""
+        try:
+            await self._engine.stage(ref(candidate))
+            verdict = await evaluate.gate(
+                self._engine,
+                self._tokenizer,
+                candidate=candidate,
+                serving=serving,
+                held_out=data.held_out,
+                recent=data.recent,
+                settings=self._settings,
+                context=await self._context(),
+            )
+            await self._still_wanted(candidate, serving)
+        except BaseException:
+            await asyncio.shield(self._reject(candidate))
+            raise
+        if not verdict.keep:
+            await self._reject(candidate)
+        return verdict
+
+    async def _still_wanted(self, candidate: Version, serving: Version | None) -> None:
+        """Raises TrainingFailed if the user paused, rolled back or was given another base while the run went on."""
+        user = await self._user(candidate.user_id)
+        if obstacle := self._obstacle(user):
+            raise TrainingFailed(obstacle)
+        now = await self._serving(user)
+        if (now.number if now else None) != (serving.number if serving else None) or candidate.base != self.base_hash():
+            raise TrainingFailed("Another version began to serve while this run was training.")
+
+    async def _reject(self, candidate: Version) -> None:
+        try:
+            await self._adapters.reject(candidate.user_id, candidate.number)
+        except PersonaError as error:  # it is no candidate any more, or the start will repair it: never serving
+            log.warning("candidate could not be rejected", version=candidate.number, error=type(error).__name__)
+
+    async def _close(self, run: Run, outcome: _Outcome, through: EntryId) -> Run:
+        if outcome.state is RunState.KEPT and outcome.candidate is not None:
+            outcome = await self._swap(outcome, outcome.candidate)
+        number = outcome.candidate.number if outcome.candidate else None
+        metrics = {**outcome.metrics, "through": through}
+        ended = await self._runs.end(
+            run.id, outcome.state, outcome.reason, self.clock(), version=number, metrics=metrics
+        )
+        log.info("← finetune", run=run.id, state=ended.state.value, version=ended.version, reason=ended.reason)
+        return ended
+
+    async def _swap(self, outcome: _Outcome, candidate: Version) -> _Outcome:
+        """Commit the pointer, then tell the engine. An engine that misses the flip loads the version by need."""
+        user = await self._user(candidate.user_id)
+        try:
+            await self._adapters.point(user.id, candidate.number)
+        except PersonaError as error:
+            await self._reject(candidate)
+            return _Outcome(RunState.FAILED, f"The version could not be put into service: {error.message}")
+        try:
+            await self._engine.flip(ref(candidate))
+        except PersonaError as error:
+            log.warning("flip failed", user=user.name, version=candidate.number, error=type(error).__name__)
+        await retention.prune(self._adapters, user, self._settings.learning.keep_versions)
+        return outcome
+
+
+async def _undisturbed(step: Coroutine[Any, Any, Run]) -> Run:
+    """Finish `step` however often this task is cancelled meanwhile; then the cancellation goes on."""
+    task = asyncio.ensure_future(step)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        task.exception()  # looked at, so that nobody reports it as lost
+        raise asyncio.CancelledError
+    return task.result()
+
+
+def _place(error: Exception) -> str:
+    """Where it was raised. No message and no traceback goes to the log: they may hold user text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown"
+
+
+def _finite(last: Progress) -> Progress:
+    if not math.isfinite(last.loss):
+        raise TrainingFailed("The training loss was not finite; nothing was published.")
+    return last
+
+
+def _shape(plan: Plan) -> list[float]:
+    """What two versions must share so that one can go on from the other."""
+    return [plan.rank, plan.alpha, plan.density, plan.seed, plan.top_layers]

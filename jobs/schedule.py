@@ -1,0 +1,215 @@
+"""When whom to train: finds users who are due, and carries out one run after another.
+
+The scheduler's job only enqueues; the queue is the runs table. A jump of the clock, a missed hour or a hundred wishes
+at once lead to one run a user at most: a user has at most one open run, and what a run has judged is not new any more.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from apscheduler.jobstores.memory import MemoryJobStore
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+from jobs.finetune import Finetune
+from persona.domain import EntryId, Run, RunState, User, UserId, VersionState
+from persona.errors import Busy, NotFound
+from persona.settings import Settings
+from storage.adapters import Adapters
+from storage.history import History
+from storage.runs import Runs
+from storage.users import Users
+
+log = structlog.get_logger()
+
+AGAIN = timedelta(minutes=15)  # before a run that failed for no fault of the text is tried again
+PAUSE_SECONDS = 5.0  # of the worker after the database refused it
+
+
+class Schedule:
+    """Owns the timer and the worker; `start` and `stop` them once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        users: Users,
+        history: History,
+        adapters: Adapters,
+        runs: Runs,
+        finetune: Finetune,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._learning = settings.learning
+        self._users = users
+        self._history = history
+        self._adapters = adapters
+        self._runs = runs
+        self._finetune = finetune
+        self._clock = clock
+        self._timer: AsyncIOScheduler | None = None
+        self._worker: asyncio.Task[None] | None = None
+        self._current: tuple[UserId, asyncio.Task[Run]] | None = None
+        self._waiting = asyncio.Event()  # a run may be in the queue
+        self._ended = asyncio.Event()  # replaced whenever a run ends
+        self._stopped = False
+
+    async def start(self) -> None:
+        """Call after the database was repaired; runs that a stop left running end as interrupted."""
+        await self._runs.interrupt(self._clock())
+        self._worker = asyncio.create_task(self._work(), name="runs")
+        self._waiting.set()
+        self._timer = AsyncIOScheduler(jobstores={"default": MemoryJobStore()}, timezone=UTC)
+        # However many checks were missed, in a suspend or by a jump of the clock: one makes up for all.
+        self._timer.add_job(
+            self.check,
+            "interval",
+            seconds=self._learning.check_seconds,
+            next_run_time=datetime.now(UTC),
+            coalesce=True,
+            misfire_grace_time=None,
+            max_instances=1,
+        )
+        self._timer.start()
+
+    async def stop(self) -> None:
+        """Stop the timer, then the run under way: it ends as interrupted."""
+        if self._timer is not None:
+            self._timer.shutdown(wait=False)
+        if self._worker is not None:
+            self._worker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._worker
+        self._stopped = True
+        self._announce()
+
+    def wake(self) -> None:
+        """A run was requested."""
+        self._waiting.set()
+
+    async def wait(self, user_id: UserId, run_id: int) -> Run:
+        """The run once it has ended. Raises NotFound, or Busy when the service stops first."""
+        while True:
+            ended = self._ended  # taken before the look, so that no end is missed
+            run = await self._runs.get(user_id, run_id)
+            if run is None:
+                raise NotFound("There is no such run.")
+            if run.state.ended:
+                return run
+            if self._stopped:
+                raise Busy("The service is stopping; the run is taken up again after the next start.", retry_after=10)
+            await ended.wait()
+
+    async def cancel(self, user_id: UserId) -> None:
+        """End the user's run under way, if there is one, and wait until it let go of everything."""
+        if self._current is not None and self._current[0] == user_id:
+            task = self._current[1]
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def check(self) -> None:
+        """Enqueue a run for each user who is due."""
+        if not self._learning.enabled:
+            return
+        try:
+            for user in await self._users.all():
+                if await self.due(user):
+                    await self._runs.request(user.id, self._clock())
+                    self.wake()
+        except Exception as error:  # the next check comes by itself
+            log.warning("check for due users failed", error=type(error).__name__)
+
+    async def due(self, user: User) -> bool:
+        """Enough new own text; or less, a long time after the last run; or a version that cannot serve any more."""
+        if not user.learn or user.paused:
+            return False
+        last = await self._runs.last(user.id)
+        if last is not None and not last.state.ended:
+            return False
+        if last is None or _settled(last):
+            return await self._enough(user, last) or await self._lost(user, last)
+        return await self._ripe(user, last) and await self._enough(user, await self._settled(user))
+
+    async def _ripe(self, user: User, last: Run) -> bool:
+        """Whether a run without a verdict may be tried again: after more text, or after a pause if it had bad luck."""
+        if last.state is not RunState.DEFERRED:
+            return self._age(last.ended) >= AGAIN
+        more = await self._history.own_tokens(user.id, EntryId(last.metrics.get("through", 0)))
+        return more >= max(1, self._learning.min_aged_tokens // 2)
+
+    async def _settled(self, user: User) -> Run | None:
+        """The newest run after which its text was not new any more."""
+        return next((run for run in await self._runs.list(user.id) if _settled(run)), None)
+
+    async def _enough(self, user: User, last: Run | None) -> bool:
+        """Whether enough has come since the run `last`."""
+        through = EntryId(last.metrics.get("through", 0)) if last else EntryId(0)
+        tokens = await self._history.own_tokens(user.id, through)
+        if tokens >= self._learning.min_new_tokens:
+            return True
+        since = (last.ended if last else None) or user.created
+        old = self._age(since) >= timedelta(hours=self._learning.max_age_hours)
+        return old and tokens >= self._learning.min_aged_tokens
+
+    async def _lost(self, user: User, last: Run | None) -> bool:
+        """Whether the version that `last` made cannot serve: it was deleted with an entry, or is of another base."""
+        if last is None or last.state is not RunState.KEPT or last.version is None:
+            return False
+        version = await self._adapters.get(user.id, last.version)
+        if version is None:
+            return False
+        return version.state is VersionState.DELETED or version.base != self._finetune.base_hash()
+
+    def _age(self, moment: datetime | None) -> timedelta:
+        """Since `moment`; negative after the clock was set back, which makes nobody due."""
+        return self._clock() - moment if moment else timedelta(0)
+
+    async def _work(self) -> None:
+        while True:
+            try:
+                if not await self._next():
+                    await self._waiting.wait()
+            except Exception as error:  # one run or one full disk must not end all learning
+                log.warning("worker stumbled", error=type(error).__name__)
+                await asyncio.sleep(PAUSE_SECONDS)
+                with contextlib.suppress(Exception):
+                    await self._runs.interrupt(self._clock())  # the only worker is here: nothing is running
+                    self._announce()
+
+    async def _next(self) -> bool:
+        """Carry out the oldest queued run; False if there is none."""
+        self._waiting.clear()
+        run = await self._runs.next()
+        if run is None:
+            return False
+        task = asyncio.create_task(self._finetune.run(run), name=f"run {run.id}")
+        self._current = (run.user_id, task)
+        try:
+            await self._finished(task)
+        finally:
+            self._current = None
+            self._announce()
+        return True
+
+    @staticmethod
+    async def _finished(task: "asyncio.Task[Run]") -> None:
+        """Wait for `task`; its own cancellation is the end of one run, ours the end of the worker."""
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait([task])
+            raise
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, NotFound):
+            raise error
+
+    def _announce(self) -> None:
+        self._ended.set()
+        self._ended = asyncio.Event()
+
+
+def _settled(run: Run) -> bool:
+    """Whether it came to a verdict on its text: not deferred, not stopped, not failed by the service's own fault."""
+    judged = run.state in (RunState.KEPT, RunState.REJECTED, RunState.FAILED)
+    return judged and not run.metrics.get("again")
