@@ -1,0 +1,109 @@
+"""What only the owner of the machine may do: users, keys, adapters from folders, status, backup.
+
+These routes exist on the admin socket alone; on TCP their paths are as unknown as any other.
+"""
+
+import contextlib
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from persona.api import bodies, versions, views
+from persona.api.services import services
+from persona.domain import User
+from persona.errors import NotFound, PersonaError, RequestError
+
+MAX_LABEL = 100
+
+
+class NewUser(msgspec.Struct):
+    name: str
+    learn: bool = True
+
+
+class NewKey(msgspec.Struct):
+    label: str = ""
+    learn: bool = True
+
+
+class Backup(msgspec.Struct):
+    file: str
+
+
+async def add_user(request: web.Request) -> web.Response:
+    wire = await bodies.read_json(request, NewUser)
+    users = services(request).users
+    user = await users.add(wire.name, learn=wire.learn)
+    key_id, secret = await users.add_key(user.id, label="first")
+    return web.json_response({"user": user.name, "key": secret, "id": key_id}, status=201)
+
+
+async def list_users(request: web.Request) -> web.Response:
+    found = await services(request).users.all()
+    return web.json_response({"object": "list", "data": [views.user(user) for user in found]})
+
+
+async def add_key(request: web.Request) -> web.Response:
+    wire = await bodies.read_optional(request, NewKey)
+    if len(wire.label) > MAX_LABEL:
+        raise RequestError(f"A label has at most {MAX_LABEL} characters.", param="label")
+    user = await _user(request)
+    key_id, secret = await services(request).users.add_key(user.id, learn=wire.learn, label=wire.label)
+    return web.json_response({"user": user.name, "id": key_id, "key": secret}, status=201)
+
+
+async def list_keys(request: web.Request) -> web.Response:
+    found = await services(request).users.keys((await _user(request)).id)
+    return web.json_response({"object": "list", "data": [views.key(key) for key in found]})
+
+
+async def revoke_key(request: web.Request) -> web.Response:
+    key_id = bodies.path_int(request, "id")
+    if not await services(request).users.revoke((await _user(request)).id, key_id):
+        raise NotFound("This user has no such key.", code="key_not_found")
+    return web.json_response({"id": key_id, "revoked": True})
+
+
+async def export_adapter(request: web.Request) -> web.Response:
+    wire = await bodies.read_json(request, versions.Folder)
+    return web.json_response(await versions.export_peft(services(request), await _user(request), wire))
+
+
+async def import_adapter(request: web.Request) -> web.Response:
+    wire = await bodies.read_json(request, versions.Folder)
+    return web.json_response(await versions.import_peft(services(request), await _user(request), wire), status=201)
+
+
+async def status(request: web.Request) -> web.Response:
+    deps = services(request)
+    health = None
+    with contextlib.suppress(PersonaError):
+        health = msgspec.to_builtins(await deps.engine.health())
+    answer = {
+        "home": str(deps.settings.home),
+        "model": deps.settings.model.name,
+        "base": deps.base(),
+        "users": len(await deps.users.all()),
+        "replies_running": len(deps.chat.running),
+        "training": len(deps.finetune.progress),
+        "disk_full": deps.chat.disk_full,
+        "engine": health,
+    }
+    return web.json_response(answer)
+
+
+async def backup(request: web.Request) -> web.Response:
+    wire = await bodies.read_json(request, Backup)
+    target = Path(wire.file)
+    if not target.is_absolute() or "\0" in wire.file or not target.parent.is_dir():
+        raise RequestError("file is an absolute path in a folder that exists.", param="file")
+    await services(request).database.backup(target)
+    return web.json_response({"file": str(target), "bytes": target.stat().st_size}, status=201)
+
+
+async def _user(request: web.Request) -> User:
+    user = await services(request).users.get(request.match_info["name"])
+    if user is None:
+        raise NotFound("There is no user of that name.", code="user_not_found")
+    return user

@@ -1,0 +1,100 @@
+"""GET /v1/me/export: everything that is the caller's in one zip file.
+
+history.jsonl can be imported again, adapter/ is an ordinary PEFT folder, manifest.json says what is what. The file is
+put together in a folder of its own that is removed however the download ends.
+"""
+
+import asyncio
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from persona.api import views
+from persona.api.sending import Outlet
+from persona.api.services import Services, caller, services
+from persona.api.versions import exportable, write_peft
+from persona.domain import Entry, EntryId, User, Version
+
+PREFIX = "export-"
+_PAGE = 500
+_PIECE = 1 << 18
+
+
+async def export(request: web.Request) -> web.StreamResponse:
+    deps, user = services(request), caller(request).user
+    folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=PREFIX, dir=deps.settings.run_dir))
+    try:
+        file = await _assemble(deps, user, folder)
+        return await _send(request, file, f"persona-{user.name}.zip")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _assemble(deps: Services, user: User, folder: Path) -> Path:
+    content = folder / "content"
+    content.mkdir()
+    entries = await _write_history(deps, user, content / "history.jsonl")
+    version = await exportable(deps, user, None)
+    if version is not None:
+        await write_peft(deps, version, content / "adapter")
+    manifest = _manifest(deps, user, version, entries)
+    (content / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    return await asyncio.to_thread(_zip, content, folder / "export.zip")
+
+
+async def _write_history(deps: Services, user: User, file: Path) -> int:
+    after, count = EntryId(0), 0
+    while page := await deps.history.page(user.id, after=after, limit=_PAGE):
+        await asyncio.to_thread(_append, file, page)
+        after, count = page[-1].id, count + len(page)
+    file.touch()
+    return count
+
+
+def _append(file: Path, page: Sequence[Entry]) -> None:
+    with file.open("ab") as stream:
+        for entry in page:
+            view = views.entry(entry)
+            # Not "id": an import would take it for the id that a source gave, and find no duplicate here.
+            view["entry"] = view.pop("id")
+            stream.write(msgspec.json.encode(view) + b"\n")
+
+
+def _manifest(deps: Services, user: User, version: Version | None, entries: int) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "user": user.name,
+        "created": views.time(deps.clock()),
+        "base": {"name": deps.settings.model.name, "hash": deps.base()},
+        "entries": entries,
+        "version": views.version(version, version.number) if version else None,
+    }
+
+
+def _zip(content: Path, target: Path) -> Path:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=3) as archive:
+        for file in sorted(content.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(content).as_posix())
+    return target
+
+
+async def _send(request: web.Request, file: Path, name: str) -> web.StreamResponse:
+    response = web.StreamResponse()
+    response.content_type = "application/zip"
+    response.content_length = file.stat().st_size
+    response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
+    response.headers["cache-control"] = "no-store"
+    outlet = Outlet(request, response, services(request).settings.http.write_seconds)
+    await outlet.open()
+    with file.open("rb") as stream:
+        while piece := await asyncio.to_thread(stream.read, _PIECE):
+            await outlet.write(piece)
+    await outlet.close()
+    return response

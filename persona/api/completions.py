@@ -1,0 +1,115 @@
+"""POST /v1/chat/completions: one reply, whole or as a stream.
+
+Until the first piece has come, or the first silence was too long, a failure is still a status code. However the
+handler ends, the reply ends with it: a client that leaves frees the engine within a step.
+"""
+
+import secrets
+from typing import Any
+
+from aiohttp import web
+
+from persona.api import bodies, errors, openai
+from persona.api.services import Services, caller, services
+from persona.api.sse import EventStream
+from persona.chat_reply import Piece, Reply
+from persona.errors import PersonaError
+
+
+async def complete(request: web.Request) -> web.StreamResponse:
+    deps = services(request)
+    wire = await bodies.read_json(request, openai.Completion)
+    ask = openai.understand(wire, deps.settings.prompt.max_reply_tokens)
+    reply = await deps.chat.reply(caller(request), ask)
+    reply.on_end(deps.metrics.reply)
+    try:
+        if wire.stream:
+            return await _stream(request, reply, usage=wire.usage_wanted)
+        return await _whole(request, reply)
+    finally:
+        reply.abort()
+
+
+async def _whole(request: web.Request, reply: Reply) -> web.Response:
+    while True:
+        piece = await reply.next()
+        if piece is not None and piece.finish is not None:
+            break
+    answer = openai.completion(reply, _head(services(request), reply))
+    return web.json_response(answer, headers=_headers(reply), dumps=bodies.dumps)
+
+
+async def _stream(request: web.Request, reply: Reply, *, usage: bool) -> web.StreamResponse:
+    deps = services(request)
+    http = deps.settings.http
+    first = await reply.next(http.ping_seconds)
+    events = EventStream(request, _headers(reply), http.write_seconds)
+    events.response.headers["x-request-id"] = request[errors.REQUEST_ID]
+    await events.open()
+    try:
+        await _events(events, reply, first, _Chunks(deps, reply, usage), http.ping_seconds)
+    except PersonaError as error:
+        await events.send(errors.body(error))
+        await events.close()
+    except ConnectionError:
+        raise
+    except Exception as error:
+        await events.send(errors.body(errors.unexpected(request, error)))
+        await events.close()
+    return events.response
+
+
+async def _events(events: EventStream, reply: Reply, piece: Piece | None, chunks: "_Chunks", silence: float) -> None:
+    while piece is None:
+        await events.ping()
+        piece = await reply.next(silence)
+    chunks.begin()
+    await events.send(chunks.of({"role": "assistant", "content": "", "refusal": None}))
+    while piece is None or piece.finish is None:
+        await (events.ping() if piece is None else events.send(chunks.of({"content": piece.text})))
+        piece = await reply.next(silence)
+    for last in chunks.last():
+        await events.send(last)
+    await events.done()
+
+
+class _Chunks:
+    """The chunks of one streamed reply: constant id and time; the version is certain at the first piece."""
+
+    def __init__(self, deps: Services, reply: Reply, usage: bool) -> None:
+        self._deps = deps
+        self._reply = reply
+        self._usage = usage
+        self._head: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        self._head = _head(self._deps, self._reply)
+
+    def of(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        chunk = openai.chunk(self._head, delta, finish)
+        return {**chunk, "usage": None} if self._usage else chunk
+
+    def last(self) -> list[dict[str, Any]]:
+        about = {"persona": openai.about(self._reply)}
+        end = {**self.of({}, openai.finish_reason(self._reply)), **about}
+        if not self._usage:
+            return [end]
+        return [end, {**openai.chunk(self._head, {}), "choices": [], "usage": openai.usage(self._reply)}]
+
+
+def _head(deps: Services, reply: Reply) -> dict[str, Any]:
+    created = int(deps.clock().timestamp())
+    return openai.head(reply, f"chatcmpl-{secrets.token_hex(12)}", created, deps.base())
+
+
+def _headers(reply: Reply) -> dict[str, str]:
+    """The turn's id is known once the reply is on record: in a stream it stands in the last chunk instead."""
+    headers = {
+        "x-persona-recorded": "true" if reply.recorded else "false",
+        "x-persona-version": str(reply.version.number if reply.version else 0),
+    }
+    if reply.conversation:
+        headers["x-persona-conversation"] = reply.conversation
+    if reply.turn is not None:
+        headers["x-persona-turn"] = str(reply.turn)
+    return headers

@@ -1,0 +1,152 @@
+"""The caller's history: read it in pages, add what was written elsewhere, delete an entry.
+
+An import may be repeated: what is stored already counts as a duplicate. Deleting an entry takes every version that
+has absorbed it with it.
+"""
+
+import contextlib
+import math
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+
+import msgspec
+from aiohttp import web
+
+from persona.api import bodies, views
+from persona.api.services import Services, caller, services
+from persona.domain import EntryId, Line, Role, User
+from persona.engine.protocol import ref
+from persona.errors import AdapterError, Busy, EngineDown, RequestError, Unprocessable
+from storage.history import ImportItem
+
+MAX_PAGE = 1000
+MAX_CONTEXT = 50
+_BATCH = 500
+_ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT}
+
+
+class WireLine(msgspec.Struct):
+    author: str
+    text: str
+
+
+class WireItem(msgspec.Struct):
+    """One message of an import. `ts`: ISO 8601 (UTC if it names no zone) or seconds since 1970."""
+
+    ts: str | float
+    text: str
+    id: str | int | None = None
+    context: list[WireLine] | None = None
+    role: str = "user"
+
+
+async def page(request: web.Request) -> web.Response:
+    deps, user = services(request), caller(request).user
+    after = bodies.query_int(request, "after", 0, 0, (1 << 63) - 1)
+    limit = bodies.query_int(request, "limit", 100, 1, MAX_PAGE)
+    found = await deps.history.page(user.id, after=EntryId(after), limit=limit)
+    following = found[-1].id if len(found) == limit else None
+    answer = {"object": "list", "data": [views.entry(entry) for entry in found], "next": following}
+    return web.json_response(answer, dumps=bodies.dumps)
+
+
+async def add(request: web.Request) -> web.Response:
+    """A JSON array, or one JSON object a line."""
+    deps, user = services(request), caller(request).user
+    if not caller(request).learn:
+        raise RequestError("This key or user does not record history.", code="learning_disabled")
+    stored = duplicates = 0
+    async for batch in _batches(_items(request)):
+        new, known = await deps.history.import_(user.id, batch, count=_counter(deps), now=deps.clock())
+        stored, duplicates = stored + new, duplicates + known
+    return web.json_response({"stored": stored, "duplicates": duplicates})
+
+
+async def delete(request: web.Request) -> web.Response:
+    deps, user = services(request), caller(request).user
+    gone = await deps.history.delete(user.id, EntryId(bodies.path_int(request, "id")))
+    if gone:
+        await _serve_again(deps, user)
+    return web.json_response({"deleted": True, "versions": list(gone)})
+
+
+async def _serve_again(deps: Services, user: User) -> None:
+    """The engine forgets what the user had in memory, and gets the version that is active now.
+
+    An engine that is down remembers nothing; one that cannot stage loads the version with the next request.
+    """
+    with contextlib.suppress(EngineDown):
+        await deps.engine.drop(user.id)
+    version = await deps.adapters.active(user.id)
+    if version is not None and version.base == deps.base():
+        with contextlib.suppress(Busy, AdapterError):
+            await deps.engine.stage(ref(version))
+            await deps.engine.flip(ref(version))
+
+
+def _counter(deps: Services) -> Callable[[str], int]:
+    return lambda text: len(deps.tokenizer.encode(text))
+
+
+async def _batches(items: AsyncIterator[ImportItem]) -> AsyncIterator[list[ImportItem]]:
+    batch: list[ImportItem] = []
+    async for item in items:
+        batch.append(item)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+async def _items(request: web.Request) -> AsyncIterator[ImportItem]:
+    number = 0
+    async for wire in _wire_items(request):
+        number += 1
+        yield _item(number, wire)
+
+
+async def _wire_items(request: web.Request) -> AsyncIterator[WireItem]:
+    if request.content_type == "application/json":
+        content = await bodies.read(request)
+        if content.lstrip()[:1] == b"[":
+            for wire in bodies.decode(content, list[WireItem]):
+                yield wire
+            return
+        for number, line in enumerate(filter(bytes.strip, content.splitlines()), 1):
+            yield _line(number, line)
+        return
+    number = 0
+    async for line in bodies.lines(request):
+        number += 1
+        yield _line(number, line)
+
+
+def _line(number: int, line: bytes) -> WireItem:
+    try:
+        return bodies.decode(line, WireItem)
+    except RequestError as error:
+        raise Unprocessable(f"Line {number}: {error.message}", param=error.param) from None
+
+
+def _item(number: int, wire: WireItem) -> ImportItem:
+    role = _ROLES.get(wire.role)
+    if role is None:
+        raise Unprocessable(f"Item {number}: role is user or assistant.", param="role")
+    lines = (wire.context or [])[-MAX_CONTEXT:]
+    context = tuple(Line(line.author, line.text) for line in lines)
+    identity = None if wire.id is None else str(wire.id)
+    return ImportItem(wire.text, _time(number, wire.ts), identity, context, role)
+
+
+def _time(number: int, value: str | float) -> datetime:
+    try:
+        if isinstance(value, str):
+            parsed = datetime.fromisoformat(value)
+        elif math.isfinite(value):
+            parsed = datetime.fromtimestamp(value, UTC)
+        else:
+            raise ValueError
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError, OSError):
+        raise Unprocessable(f"Item {number}: ts is ISO 8601 or seconds since 1970.", param="ts") from None

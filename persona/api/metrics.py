@@ -1,0 +1,63 @@
+"""Numbers for Prometheus, in a registry of our own.
+
+No label ever holds a name, a key or a word of a user: routes are templates, the rest are closed sets.
+"""
+
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from persona.chat_reply import Reply
+from persona.domain import Finish
+from persona.engine.protocol import Health
+
+_ENGINE = {
+    "running": "sequences that are decoded",
+    "waiting": "requests that wait for a place",
+    "resident": "adapters in memory",
+    "free_pages": "cache pages that are free",
+    "pages": "cache pages in all",
+    "training": "1 while a run trains",
+    "steps": "forward passes since the engine started",
+    "slices": "training slices since the engine started",
+    "generated": "tokens generated since the engine started",
+    "memory": "bytes that the engine occupies",
+    "base_bytes": "bytes of the base weights",
+}
+
+
+class Metrics:
+    """What the service counts, and what it asks the engine at each scrape."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        self.requests = counter("persona_requests", "HTTP requests answered", ["method", "route", "status"])
+        self.seconds = Histogram(
+            "persona_request_seconds", "time to answer, streams to their end", ["route"], registry=self.registry
+        )
+        self.replies = counter("persona_replies", "replies by the way they ended", ["finish"])
+        self.unrecorded = counter("persona_replies_unrecorded", "replies that history does not hold")
+        self.prompt_tokens = counter("persona_prompt_tokens", "tokens of prompts")
+        self.reply_tokens = counter("persona_reply_tokens", "tokens of replies")
+        self.refused_keys = counter("persona_refused_keys", "requests with no key or a wrong one")
+        self.streams = gauge("persona_replies_running", "replies under way")
+        self.engine_up = gauge("persona_engine_up", "1 if the engine answers")
+        self._engine = {name: gauge(f"persona_engine_{name}", text) for name, text in _ENGINE.items()}
+
+    def reply(self, reply: Reply) -> None:
+        """Count a reply that has ended."""
+        self.replies.labels(reply.finish or Finish.ABORT).inc()
+        self.prompt_tokens.inc(len(reply.sheet.prompt.rendered.tokens))
+        self.reply_tokens.inc(reply.tokens)
+        if not reply.recorded:
+            self.unrecorded.inc()
+
+    def page(self, health: Health | None, running: int) -> bytes:
+        """The text that Prometheus scrapes."""
+        self.streams.set(running)
+        self.engine_up.set(health is not None)
+        for name, value in self._engine.items():
+            value.set(getattr(health, name) if health else 0)
+        return generate_latest(self.registry)

@@ -1,0 +1,237 @@
+"""OpenAI's chat completion as it stands on the wire: what is taken, what is refused, how an answer looks.
+
+Unknown fields are ignored; a known field whose value would change the answer's meaning is refused by name.
+"""
+
+import re
+from typing import Any
+
+import msgspec
+
+from persona.chat import UNKNOWN_MODEL, require_question
+from persona.chat_reply import Ask, Reply
+from persona.domain import Finish, Message, Role
+from persona.engine.protocol import Sampling
+from persona.errors import NotFound, RequestError, TooLarge
+
+DEFAULT_TEMPERATURE = 0.7  # a small model wanders at OpenAI's 1.0
+MAX_MESSAGES = 4096
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_MODEL_CHARS = 64
+_SEED = 1 << 63
+
+_ROLES = {
+    "system": Role.SYSTEM,
+    "developer": Role.SYSTEM,
+    "user": Role.USER,
+    "assistant": Role.ASSISTANT,
+    "tool": Role.TOOL,
+    "function": Role.TOOL,
+}
+_CONVERSATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+# What may stand in a field that we do not serve: any of these means "not asked for".
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "n": (1,),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+}
+_FINISH = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ABORT: "length", Finish.ERROR: "length"}
+
+
+class WireMessage(msgspec.Struct):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class Completion(msgspec.Struct):
+    """The body of POST /v1/chat/completions."""
+
+    model: str
+    messages: list[WireMessage]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    tools: Any = None
+    functions: Any = None
+    tool_choice: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+    n: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+
+    @property
+    def usage_wanted(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def understand(wire: Completion, max_reply: int) -> Ask:
+    """The ask that a body stands for. Raises RequestError or NotFound that names the field."""
+    _refuse_unserved(wire)
+    if len(wire.model) > MAX_MODEL_CHARS:
+        raise NotFound(UNKNOWN_MODEL, code="model_not_found", param="model")
+    ask = Ask(
+        model=wire.model,
+        messages=_messages(wire.messages),
+        sampling=_sampling(wire),
+        max_tokens=_max_tokens(wire, max_reply),
+        store=wire.store is not False,
+        conversation=_conversation(wire.metadata),
+    )
+    require_question(ask.messages)
+    return ask
+
+
+def completion(reply: Reply, head: dict[str, Any]) -> dict[str, Any]:
+    """A whole answer."""
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": reply.text, "refusal": None},
+        "logprobs": None,
+        "finish_reason": finish_reason(reply),
+    }
+    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(reply), "persona": about(reply)}
+
+
+def chunk(head: dict[str, Any], delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    """A piece of a streamed answer."""
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    return {**head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def head(reply: Reply, identity: str, created: int, base: str) -> dict[str, Any]:
+    """What every part of one answer has in common."""
+    model = reply.ask.model
+    return {"id": identity, "created": created, "model": model, "system_fingerprint": fingerprint(reply, base)}
+
+
+def fingerprint(reply: Reply, base: str) -> str:
+    """Names the weights: base and version (0: none)."""
+    return f"fp_{base[:8]}_{reply.version.number if reply.version else 0}"
+
+
+def finish_reason(reply: Reply) -> str:
+    """In OpenAI's words, which have none for a reply that was cut short but by length."""
+    return _FINISH[reply.finish or Finish.ABORT]
+
+
+def usage(reply: Reply) -> dict[str, int]:
+    prompt = len(reply.sheet.prompt.rendered.tokens)
+    return {"prompt_tokens": prompt, "completion_tokens": reply.tokens, "total_tokens": prompt + reply.tokens}
+
+
+def about(reply: Reply) -> dict[str, Any]:
+    """What persona adds: the turn's id for feedback, and where the exchange went."""
+    return {
+        "turn": reply.turn,
+        "version": reply.version.number if reply.version else None,
+        "conversation": reply.conversation,
+        "recorded": reply.recorded,
+        "finish": reply.finish,
+    }
+
+
+def _refuse_unserved(wire: Completion) -> None:
+    for name, harmless in _HARMLESS.items():
+        value = getattr(wire, name)
+        if value is not None and value not in harmless:
+            raise RequestError(f"{name} is not supported with this value.", code="unsupported_value", param=name)
+
+
+def _messages(wire: list[WireMessage]) -> tuple[Message, ...]:
+    if len(wire) > MAX_MESSAGES:
+        raise TooLarge(f"A conversation has at most {MAX_MESSAGES} messages.", param="messages")
+    messages = (_message(number, message) for number, message in enumerate(wire))
+    return tuple(message for message in messages if message is not None)
+
+
+def _message(number: int, wire: WireMessage) -> Message | None:
+    """None for a message without words, such as an assistant's bare tool call."""
+    role = _ROLES.get(wire.role)
+    if role is None:
+        names = ", ".join(_ROLES)
+        raise RequestError(f"The role of a message is one of {names}.", param=f"messages[{number}].role")
+    if wire.content is None:
+        return None
+    if isinstance(wire.content, str):
+        return Message(role, wire.content)
+    return Message(role, "\n".join(_part(number, part) for part in wire.content))
+
+
+def _part(number: int, part: dict[str, Any]) -> str:
+    text = part.get("text") if part.get("type") == "text" else None
+    if not isinstance(text, str):
+        sentence = "Content parts other than text are not supported, and nothing is fetched from elsewhere."
+        raise RequestError(sentence, code="unsupported_value", param=f"messages[{number}].content")
+    return text
+
+
+def _sampling(wire: Completion) -> Sampling:
+    temperature = DEFAULT_TEMPERATURE if wire.temperature is None else _within("temperature", wire.temperature, 0, 2)
+    top_p = 1.0 if wire.top_p is None else _within("top_p", wire.top_p, 0, 1)
+    if top_p == 0:  # the smallest nucleus is the likeliest token
+        temperature, top_p = 0.0, 1.0
+    if wire.seed is not None and not -_SEED <= wire.seed < _SEED:
+        raise RequestError("seed does not fit into 64 bits.", code="unsupported_value", param="seed")
+    return Sampling(temperature=temperature, top_p=top_p, seed=wire.seed, stop=_stops(wire.stop))
+
+
+def _within(name: str, value: float, low: float, high: float) -> float:
+    if not low <= value <= high:
+        raise RequestError(f"{name} lies between {low} and {high}.", code="unsupported_value", param=name)
+    return value
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_CHARS for text in stops):
+        sentence = f"stop takes up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters."
+        raise RequestError(sentence, code="unsupported_value", param="stop")
+    return stops
+
+
+def _max_tokens(wire: Completion, most: int) -> int | None:
+    name = "max_completion_tokens" if wire.max_completion_tokens is not None else "max_tokens"
+    wanted = wire.max_completion_tokens if wire.max_completion_tokens is not None else wire.max_tokens
+    if wanted is not None and not 1 <= wanted <= most:
+        raise RequestError(f"{name} lies between 1 and {most}.", code="unsupported_value", param=name)
+    return wanted
+
+
+def _conversation(metadata: dict[str, Any] | None) -> str | None:
+    value = (metadata or {}).get("conversation_id")
+    if value is None:
+        return None
+    if not isinstance(value, str) or not _CONVERSATION.fullmatch(value):
+        sentence = "A conversation id has 1 to 64 letters, digits, dots, colons, dashes or underscores."
+        raise RequestError(sentence, code="unsupported_value", param="metadata.conversation_id")
+    return value

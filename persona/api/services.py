@@ -1,0 +1,74 @@
+"""What the routes work with: built once by the composition root, found in the application under one key.
+
+Protocols stand where the concrete class lives beside this package, so that imports only point down.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from aiohttp import web
+
+from jobs.finetune import Finetune
+from persona.api.metrics import Metrics
+from persona.chat import Chat
+from persona.domain import Caller, ChatTokenizer, Run, UserId
+from persona.engine.faces import Engine
+from persona.engine.prepare import Prepared
+from persona.settings import Settings
+from storage.adapters import Adapters
+from storage.database import Database
+from storage.history import History
+from storage.runs import Runs
+from storage.users import Users
+
+
+class Training(Protocol):
+    """The scheduler, as far as the routes use it."""
+
+    def wake(self) -> None:
+        """Look at the queue of runs now."""
+        ...
+
+    async def wait(self, user_id: UserId, run_id: int) -> Run:
+        """The run, once it has ended."""
+        ...
+
+    async def cancel(self, user_id: UserId) -> None:
+        """End the user's run, if one is under way, and wait until it has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything a route may need. `base` is the hash of the engine's weights."""
+
+    settings: Settings
+    database: Database
+    users: Users
+    history: History
+    adapters: Adapters
+    runs: Runs
+    engine: Engine
+    tokenizer: ChatTokenizer
+    chat: Chat
+    finetune: Finetune
+    schedule: Training
+    clock: Callable[[], datetime]
+    base: Callable[[], str]
+    metrics: Metrics
+    prepared: Prepared | None  # the base's folder; None where the engine keeps it to itself
+
+
+SERVICES: web.AppKey[Services] = web.AppKey("services")
+CALLER: web.RequestKey[Caller] = web.RequestKey("caller")
+
+
+def services(request: web.Request) -> Services:
+    return request.app[SERVICES]
+
+
+def caller(request: web.Request) -> Caller:
+    """Who asks: the middleware put it there, or the request never came this far."""
+    return request[CALLER]

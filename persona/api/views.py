@@ -1,0 +1,117 @@
+"""How the words of the domain look as JSON. Times are ISO 8601 in UTC."""
+
+from datetime import datetime
+from typing import Any
+
+from persona.chat_reply import Sheet
+from persona.domain import Entry, Run, User, Version
+from persona.engine.protocol import Progress
+from persona.prompt import Used
+from storage.runs import ExampleRow
+from storage.users import Key
+
+
+def time(value: datetime | None) -> str | None:
+    return value.isoformat() if value else None
+
+
+def user(one: User) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "learn": one.learn,
+        "paused": one.paused,
+        "active": one.active,
+        "created": time(one.created),
+    }
+
+
+def key(one: Key) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "label": one.label,
+        "learn": one.learn,
+        "created": time(one.created),
+        "last_used": time(one.last_used),
+        "revoked": time(one.revoked),
+    }
+
+
+def entry(one: Entry) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "ts": time(one.ts),
+        "role": one.role,
+        "text": one.text,
+        "origin": one.origin,
+        "conversation": one.conversation,
+        "tokens": one.tokens,
+        "parent": one.parent,
+        "context": [{"author": line.author, "text": line.text} for line in one.context],
+        "version": one.version,
+        "finish": one.finish,
+        "rating": one.rating,
+        "correction": one.correction,
+    }
+
+
+def version(one: Version, active: int | None) -> dict[str, Any]:
+    return {
+        "number": one.number,
+        "model": f"persona@{one.number}",
+        "state": one.state,
+        "active": one.number == active,
+        "watermark": one.watermark,
+        "parent": one.parent,
+        "base": one.base,
+        "bytes": one.bytes,
+        "sha256": one.sha256,
+        "created": time(one.created),
+        "run": one.run_id,
+        "metrics": one.metrics,
+    }
+
+
+def run(one: Run, progress: Progress | None = None) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "state": one.state,
+        "created": time(one.created),
+        "started": time(one.started),
+        "ended": time(one.ended),
+        "reason": one.reason,
+        "version": one.version,
+        "metrics": one.metrics,
+        "progress": _progress(progress) if progress and not one.state.ended else None,
+    }
+
+
+def example(one: ExampleRow) -> dict[str, Any]:
+    return {"entry": one.entry_id, "frame": one.frame, "tokens": one.tokens, "weight": one.weight}
+
+
+def sheet(one: Sheet) -> dict[str, Any]:
+    """A dry run: what the model would read, which entries stand in it, and which version would answer."""
+    return {
+        "model": one.voice.name,
+        "version": one.voice.version.number if one.voice.version else None,
+        "watermark": one.voice.version.watermark if one.voice.version else 0,
+        "recorded": one.recorded,
+        "tokens": len(one.prompt.rendered.tokens),
+        "messages": [{"role": message.role, "content": message.text} for message in one.prompt.messages],
+        "used": [_used(used) for used in one.prompt.used],
+    }
+
+
+def _used(one: Used) -> dict[str, Any]:
+    return {"entry": one.entry_id, "part": one.part, "tokens": one.tokens}
+
+
+def _progress(one: Progress) -> dict[str, Any]:
+    return {
+        "step": one.step,
+        "steps": one.steps,
+        "loss": one.loss,
+        "tokens": one.tokens,
+        "seconds": one.seconds,
+        "skipped": one.skipped,
+    }

@@ -1,0 +1,240 @@
+"""The composition root of the service: builds every part in order, serves, and takes all down in reverse.
+
+Lock → database → repair → engine → schedule → sites. Nothing listens before everything behind it works, and at the end
+the sites close first: running replies end properly, then training stops, then the engine, then the database.
+"""
+
+import asyncio
+import fcntl
+import shutil
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import structlog
+from aiohttp import web
+
+from jobs.finetune import Finetune
+from jobs.schedule import Schedule
+from persona import logs
+from persona.api.archive import PREFIX as EXPORT_PREFIX
+from persona.api.connections import BoundedSite
+from persona.api.metrics import Metrics
+from persona.api.routes import admin_application, public_application
+from persona.api.services import Services
+from persona.chat import Chat
+from persona.domain import ChatTokenizer
+from persona.engine import device, prepare
+from persona.engine.client import LocalEngine
+from persona.engine.faces import Engine
+from persona.engine.prepare import Prepared
+from persona.engine.text import Text
+from persona.errors import ConfigurationError, ModelError
+from persona.settings import Settings
+from storage.adapters import Adapters
+from storage.database import Database
+from storage.history import History
+from storage.runs import Runs
+from storage.users import Users
+
+log = structlog.get_logger()
+
+Clock = Callable[[], datetime]
+_LINGER = 2.0  # seconds in which what a refused client still sends is read and thrown away
+_SETTLE = 10.0  # seconds that a cancelled task may take to end
+_SOCKET_PATH_BYTES = 107  # what a Unix socket's address can hold
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """The running service: its parts, and the address under which it answers."""
+
+    services: Services
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """An engine, its tokenizer, and where its base lies."""
+
+    engine: Engine
+    tokenizer: ChatTokenizer
+    prepared: Prepared | None
+
+
+Ready = Callable[[House], Awaitable[None]]
+
+
+def utcnow() -> datetime:
+    return datetime.now(UTC)
+
+
+async def serve(
+    settings: Settings,
+    *,
+    ready: Ready | None = None,
+    engine: Engine | None = None,
+    tokenizer: ChatTokenizer | None = None,
+) -> None:
+    """Run until SIGTERM or SIGINT. `ready` is called once everything works. Raises ConfigurationError if it cannot."""
+    logs.configure(settings.log)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(logs.loop_error)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with build(settings, engine=engine, tokenizer=tokenizer) as house:
+        log.info("→ serving", url=house.url, model=settings.model.name, home=str(settings.home))
+        if ready is not None:
+            await ready(house)
+        await stop.wait()
+        log.info("stopping: no new requests")
+    log.info("← stopped")
+
+
+@asynccontextmanager
+async def build(
+    settings: Settings,
+    *,
+    engine: Engine | None = None,
+    tokenizer: ChatTokenizer | None = None,
+    prepared: Prepared | None = None,
+    clock: Clock = utcnow,
+) -> AsyncIterator[House]:
+    """The whole service, listening. An engine that is given comes with its tokenizer; None: the engine process."""
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_alone(settings))
+        database = await Database.open(settings.database)
+        stack.push_async_callback(database.close)
+        stack.push_async_callback(_settled)
+        await _repair(settings, database)
+        if engine is not None and tokenizer is not None:
+            serving = Serving(engine, tokenizer, prepared)
+        else:
+            serving = await stack.enter_async_context(_engine_process(settings))
+        services, schedule = await _services(settings, database, serving, clock)
+        stack.push_async_callback(schedule.stop)
+        await schedule.start()
+        site = await _listen(stack, services)
+        yield House(services, site.name)
+
+
+@contextmanager
+def _alone(settings: Settings) -> Iterator[None]:
+    """One service a home: the lock goes with the process, however it ends."""
+    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    settings.run_dir.mkdir(mode=0o700, exist_ok=True)
+    settings.run_dir.chmod(0o700)  # it holds the admin socket and passing copies of user text
+    with (settings.run_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigurationError(f"persona is already running in {settings.home}.") from None
+        for left in settings.run_dir.glob(f"{EXPORT_PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+async def _settled() -> None:
+    """Requests and checks that were cancelled let go of the database before it closes."""
+    leaving = [task for task in asyncio.all_tasks() if task.cancelling() and task is not asyncio.current_task()]
+    if leaving:
+        await asyncio.wait(leaving, timeout=_SETTLE)
+
+
+async def _repair(settings: Settings, database: Database) -> None:
+    """What a hard stop may have left: folders without rows, rows without folders, candidates that nobody judged."""
+    for sentence in await Adapters(database, settings.adapters).repair():
+        log.warning("repaired", what=sentence)
+
+
+@asynccontextmanager
+async def _engine_process(settings: Settings) -> AsyncIterator[Serving]:
+    name = settings.model.name
+    weights = device.choose(settings.model).weights
+    prepared = await asyncio.to_thread(prepare.ready, name, settings.cache, weights)
+    if prepared is None:
+        raise ModelError(f"The model {name} is not prepared: run `persona model fetch` once.")
+    tokenizer = await asyncio.to_thread(Text.load, prepared.folder)
+    engine = LocalEngine(settings, prepared)
+    try:
+        await engine.start()
+        yield Serving(engine, tokenizer, prepared)
+    finally:
+        await engine.stop()
+
+
+async def _services(
+    settings: Settings, database: Database, serving: Serving, clock: Clock
+) -> tuple[Services, Schedule]:
+    engine, tokenizer = serving.engine, serving.tokenizer
+    health = await engine.health()  # base and context stay as they are while the service runs
+    context = min(settings.engine.context, health.context)
+    users, history, runs = Users(database), History(database), Runs(database)
+    adapters = Adapters(database, settings.adapters)
+
+    def base() -> str:
+        return health.base
+
+    finetune = Finetune(settings, users, history, adapters, runs, engine, tokenizer, base, clock)
+    schedule = Schedule(settings, users, history, adapters, runs, finetune, clock)
+    services = Services(
+        settings=settings,
+        database=database,
+        users=users,
+        history=history,
+        adapters=adapters,
+        runs=runs,
+        engine=engine,
+        tokenizer=tokenizer,
+        chat=Chat(settings, history, adapters, engine, tokenizer, clock, lambda: context, base),
+        finetune=finetune,
+        schedule=schedule,
+        clock=clock,
+        base=base,
+        metrics=Metrics(),
+        prepared=serving.prepared,
+    )
+    return services, schedule
+
+
+async def _listen(stack: AsyncExitStack, services: Services) -> BoundedSite:
+    """Open the admin socket, then the TCP address. At the end running replies are drained before anything closes."""
+    http = services.settings.http
+    await _open_admin_socket(await _runner(stack, services, admin_application(services)), services.settings)
+    public = public_application(services)
+
+    async def drain(application: web.Application) -> None:
+        await services.chat.drain(http.shutdown_seconds)
+
+    public.on_shutdown.append(drain)
+    site = BoundedSite(await _runner(stack, services, public), http)
+    await site.start()
+    return site
+
+
+async def _runner(stack: AsyncExitStack, services: Services, application: web.Application) -> web.AppRunner:
+    http = services.settings.http
+    runner = web.AppRunner(
+        application,
+        access_log=None,
+        handler_cancellation=True,  # a client that leaves must not keep the engine busy
+        keepalive_timeout=http.keepalive_seconds,
+        lingering_time=_LINGER,
+        auto_decompress=False,
+        shutdown_timeout=max(1.0, http.shutdown_seconds),
+    )
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    return runner
+
+
+async def _open_admin_socket(runner: web.AppRunner, settings: Settings) -> None:
+    path = settings.admin_socket
+    if len(str(path).encode()) > _SOCKET_PATH_BYTES:
+        raise ConfigurationError(f"The path {path} is too long for a socket; choose a shorter PERSONA_HOME.")
+    path.unlink(missing_ok=True)  # ours: the lock says that nobody else serves here
+    await web.UnixSite(runner, str(path)).start()
+    path.chmod(0o600)

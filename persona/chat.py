@@ -1,0 +1,318 @@
+"""One chat request: from a model name to a reply that is on record.
+
+The user's turn is committed before the first token is asked for. Whatever was generated is recorded with its finish
+when the reply ends, however it ends, and a reply stays on one version from its first token to its last.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from datetime import datetime
+from typing import cast
+
+import structlog
+
+from persona import frames
+from persona import prompt as prompts
+from persona.chat_reply import Ask, Reply, Sheet, Voice
+from persona.domain import Caller, ChatTokenizer, Entry, EntryId, Finish, Message, Role, User, Version, VersionState
+from persona.engine.faces import Serving
+from persona.engine.protocol import Chunk, GenerateRequest, Sampling, ref
+from persona.errors import AdapterError, Busy, EngineDown, NotFound, RequestError, StorageFull, TooLarge
+from persona.settings import Settings
+from storage.adapters import Adapters
+from storage.history import History, Placement
+
+log = structlog.get_logger()
+
+UNKNOWN_MODEL = "This model does not exist, or is not yours; GET /v1/models lists those that you may use."
+_NUMBERED = re.compile(r"persona@([1-9][0-9]{0,8})")
+_RECENT_ENTRIES = 512  # unabsorbed entries that are read at most; the token budget is far below it
+_QUERY_CHARS = 2000  # of the last message that the search looks at
+_DEFAULT_RESERVE = 256  # tokens kept free for a reply that names no max_tokens
+
+# What chat clients ask on their own account, in the user's role: title, tags, follow-ups, search queries.
+_TASKS = tuple(
+    re.compile(pattern, re.IGNORECASE | re.DOTALL)
+    for pattern in (
+        r"\s*### Task:\s.*<(?:/?chat_history|type|context)>",  # Open WebUI, every task of it
+        r"\s*(?:### Task:\s*)?Generate (?:a concise, 3-5 word title|1-3 broad tags)\b",
+        r"\s*Create a concise, 3-5 word (?:phrase|title)\b",  # Open WebUI before 0.5
+        r"\s*Your task is to reflect the speaker's likely facial expression through a fitting emoji",
+        r"\s*Provide a concise, 5-word-or-less title for the conversation",  # LibreChat
+        r"\s*Based on the chat history, give this conversation a name\b",  # Chatbox
+    )
+)
+
+
+class Chat:
+    """Answers for users. `context` is the engine's length of a sequence, `base` the hash of its weights."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        history: History,
+        adapters: Adapters,
+        engine: Serving,
+        tokenizer: ChatTokenizer,
+        clock: Callable[[], datetime],
+        context: Callable[[], int],
+        base: Callable[[], str],
+    ) -> None:
+        self._settings = settings
+        self._history = history
+        self._adapters = adapters
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._context = context
+        self.base = base
+        self.running: set[Reply] = set()
+        self.disk_full = False  # the last write found no space
+        self._closing = False
+
+    async def reply(self, caller: Caller, ask: Ask) -> Reply:
+        """Store the user's turn, compose the prompt and start to generate.
+
+        Raises NotFound for a model that the caller does not have, TooLarge for a conversation that does not fit.
+        """
+        if self._closing:
+            raise Busy("The service is stopping; try again in a moment.", retry_after=5)
+        sheet = await self._sheet(caller, ask, store=True)
+        reply = Reply(caller, ask, sheet)
+        reply.task = asyncio.create_task(self._run(reply))
+        self.running.add(reply)
+        reply.task.add_done_callback(lambda _: self._leave(reply))
+        return reply
+
+    async def why(self, caller: Caller, ask: Ask) -> Sheet:
+        """What a reply to `ask` would be made of; stores and generates nothing."""
+        return await self._sheet(caller, ask, store=False)
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new request, let running replies end for `seconds`, then cut them short, recorded."""
+        self._closing = True
+        tasks = [reply.task for reply in self.running if reply.task]
+        if tasks and seconds > 0:
+            await asyncio.wait(tasks, timeout=seconds)
+        await self._cut(set(self.running))
+
+    async def silence(self, user: User) -> None:
+        """End every running reply of one user."""
+        await self._cut({reply for reply in self.running if reply.caller.user.id == user.id})
+
+    async def _cut(self, replies: set[Reply]) -> None:
+        for reply in replies:
+            reply.abort()
+        if tasks := [reply.task for reply in replies if reply.task]:
+            await asyncio.wait(tasks)
+
+    def _leave(self, reply: Reply) -> None:
+        self.running.discard(reply)
+        reply.end(Finish.ABORT)  # a task cancelled before its first step never came to its end
+
+    # From an ask to a prompt.
+
+    async def _sheet(self, caller: Caller, ask: Ask, *, store: bool) -> Sheet:
+        voice = await self._voice(caller.user, ask.model)
+        await self._check_fit(ask, voice)
+        if not voice.personal:
+            return Sheet(voice, None, await self._compose(ask, voice), recorded=False)
+        wanted = ask.store and caller.learn and not is_task(ask.messages)
+        placement, stored = await self._place(caller, ask, store=store and wanted)
+        prompt = await self._personal(caller.user, ask, voice, placement)
+        return Sheet(voice, placement, prompt, recorded=stored if store else wanted)
+
+    async def _voice(self, user: User, name: str) -> Voice:
+        if name == "base":
+            return Voice(name, "", None, personal=False)
+        if name == "me":
+            return Voice(name, frames.DRAFT_SYSTEM, await self._serving(user), personal=True)
+        if name == "persona":
+            return Voice(name, self._settings.prompt.system, await self._serving(user), personal=True)
+        return Voice(name, self._settings.prompt.system, await self._numbered(user, name), personal=True)
+
+    async def _serving(self, user: User) -> Version | None:
+        return self._awake(await self._adapters.active(user.id))
+
+    async def _numbered(self, user: User, name: str) -> Version:
+        match = _NUMBERED.fullmatch(name)
+        version = await self._adapters.get(user.id, int(match[1])) if match else None
+        if version is None or version.state is not VersionState.PUBLISHED or self._awake(version) is None:
+            raise NotFound(UNKNOWN_MODEL, code="model_not_found", param="model")
+        return version
+
+    def _awake(self, version: Version | None) -> Version | None:
+        """A version trained on other weights than the engine's sleeps: the base answers in its place."""
+        return version if version is not None and version.base == self.base() else None
+
+    async def _place(self, caller: Caller, ask: Ask, *, store: bool) -> tuple[Placement, bool]:
+        """Match the conversation to stored turns and store the new one: (placement, whether it was stored)."""
+        try:
+            placement = await self._match(caller, ask, store=store)
+        except StorageFull:
+            self.disk_full = True
+            log.error("reply goes unrecorded: the disk is full", user=caller.user.name)
+            return await self._match(caller, ask, store=False), False
+        self.disk_full = self.disk_full and not store
+        return placement, store
+
+    async def _match(self, caller: Caller, ask: Ask, *, store: bool) -> Placement:
+        return await self._history.place(
+            caller.user.id,
+            ask.messages,
+            conversation_id=ask.conversation,
+            now=self._clock(),
+            count=self._count,
+            store=store,
+        )
+
+    async def _personal(self, user: User, ask: Ask, voice: Voice, placement: Placement) -> prompts.Prompt:
+        if is_task(ask.messages):  # about the conversation that it quotes, not about the user
+            return await self._compose(ask, voice)
+        watermark = voice.version.watermark if voice.version else EntryId(0)
+        recent = await self._history.recent(user.id, watermark, exclude=placement.known, limit=_RECENT_ENTRIES)
+        retrieved = await self._retrieve(user, ask, placement)
+        return await self._compose(ask, voice, _elsewhere(recent, placement), _elsewhere(retrieved, placement))
+
+    async def _retrieve(self, user: User, ask: Ask, placement: Placement) -> list[Entry]:
+        limits = self._settings.prompt
+        if not limits.retrieved_entries or not limits.retrieved_tokens:
+            return []
+        query = ask.messages[-1].text[:_QUERY_CHARS]
+        return await self._history.search(user.id, query, limit=limits.retrieved_entries, exclude=placement.known)
+
+    async def _check_fit(self, ask: Ask, voice: Voice) -> None:
+        """Refuse what cannot fit before anything is stored. A token has at least a byte: what is short surely fits."""
+        size = sum(len(message.text.encode()) + 16 for message in ask.messages) + len(voice.system)
+        if size > self._room(ask):
+            await self._compose(ask, voice)
+
+    async def _compose(
+        self, ask: Ask, voice: Voice, recent: list[Entry] | None = None, retrieved: list[Entry] | None = None
+    ) -> prompts.Prompt:
+        limits = self._settings.prompt
+        return await asyncio.to_thread(
+            prompts.compose,
+            system=voice.system,
+            recent=recent or [],
+            conversation=ask.messages,
+            retrieved=retrieved or [],
+            tokenizer=self._tokenizer,
+            budget=prompts.Budget(self._room(ask), limits.recent_tokens, limits.retrieved_tokens),
+        )
+
+    def _room(self, ask: Ask) -> int:
+        """Tokens that the prompt may have. Raises TooLarge when max_tokens alone fills the context."""
+        context = self._context()
+        reserve = ask.max_tokens or min(_DEFAULT_RESERVE, context // 4, self._settings.prompt.max_reply_tokens)
+        if reserve >= context:
+            sentence = f"max_tokens leaves no room for a prompt in a context of {context} tokens."
+            raise TooLarge(sentence, code="context_length_exceeded", param="max_tokens")
+        return context - reserve
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text))
+
+    # From a prompt to a recorded reply.
+
+    async def _run(self, reply: Reply) -> None:
+        """Generate and record. Only `Reply.abort` cancels this task, and never while it records."""
+        failure: Exception | None = None
+        try:
+            finish = await self._speak(reply)
+        except asyncio.CancelledError:
+            finish = Finish.ABORT
+        except Exception as error:
+            finish, failure = Finish.ERROR, error
+        reply.settled = True
+        try:
+            await self._record(reply, finish)
+        except Exception as error:
+            failure = failure or error
+        reply.end(finish, failure)
+
+    async def _speak(self, reply: Reply) -> Finish:
+        while True:
+            try:
+                return await self._stream(reply)
+            except AdapterError:
+                if reply.tokens or reply.version is None:
+                    raise
+                await self._fall_back(reply, reply.version)
+
+    async def _stream(self, reply: Reply) -> Finish:
+        chunks = cast(AsyncGenerator[Chunk], self._generate(reply))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                reply.hear(chunk)
+                if chunk.finish == Finish.ERROR:
+                    raise EngineDown(chunk.error or "The engine failed in the middle of the reply; try again.")
+                if chunk.finish is not None:
+                    return Finish(chunk.finish)
+        raise EngineDown("The engine ended the reply without a reason; try again.")
+
+    def _generate(self, reply: Reply) -> AsyncIterator[Chunk]:
+        tokens = reply.sheet.prompt.rendered.tokens
+        room = min(self._context() - len(tokens), self._settings.prompt.max_reply_tokens)
+        asked = reply.ask.sampling
+        sampling = Sampling(
+            max_tokens=min(reply.ask.max_tokens or room, room),
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            seed=asked.seed,
+            stop=asked.stop,
+        )
+        adapter = ref(reply.version) if reply.version else None
+        return self._engine.generate(GenerateRequest(tokens, sampling, adapter, reply.caller.user.id))
+
+    async def _fall_back(self, reply: Reply, broken: Version) -> None:
+        """Quarantine the version that the engine refused and go on with the one before it."""
+        user, sheet = reply.caller.user, reply.sheet
+        previous = await self._adapters.quarantine(user.id, broken.number, "The engine refused its file.")
+        log.error("version is corrupt and quarantined", user=user.name, version=broken.number)
+        if sheet.voice.name not in ("persona", "me"):
+            raise NotFound(UNKNOWN_MODEL, code="model_not_found", param="model")
+        voice = Voice(sheet.voice.name, sheet.voice.system, self._awake(previous), personal=True)
+        assert sheet.placement is not None  # only personal voices have a version
+        prompt = await self._personal(user, reply.ask, voice, sheet.placement)
+        reply.sheet = Sheet(voice, sheet.placement, prompt, sheet.recorded)
+
+    async def _record(self, reply: Reply, finish: Finish) -> None:
+        placement, user = reply.sheet.placement, reply.caller.user
+        if not reply.recorded or placement is None:
+            return
+        try:
+            reply.turn = await self._history.reply(
+                user.id,
+                placement,
+                reply.text,
+                finish=finish,
+                version=reply.version.number if reply.version else None,
+                now=self._clock(),
+                tokens=reply.tokens,
+            )
+        except StorageFull:
+            self.disk_full, reply.recorded = True, False
+            log.error("reply goes unrecorded: the disk is full", user=user.name)
+        except NotFound:  # the user was forgotten meanwhile
+            reply.recorded = False
+
+
+def _elsewhere(entries: list[Entry], placement: Placement) -> list[Entry]:
+    """Without earlier replies to the very turn that is answered again: a new reply shall not lean on them."""
+    return [entry for entry in entries if placement.tail is None or entry.parent != placement.tail]
+
+
+def is_task(messages: tuple[Message, ...]) -> bool:
+    """Whether a client asks on its own account, say for a title: answered, never history."""
+    last = messages[-1] if messages else None
+    return last is not None and last.role is Role.USER and any(task.match(last.text) for task in _TASKS)
+
+
+def require_question(messages: tuple[Message, ...]) -> None:
+    """Raises RequestError unless somebody waits for an answer."""
+    last = messages[-1] if messages else None
+    if last is None or last.role not in (Role.USER, Role.TOOL) or not last.text.strip():
+        raise RequestError("The last message has to be the user's, and not empty.", param="messages")

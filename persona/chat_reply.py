@@ -1,0 +1,120 @@
+"""The values of a chat request, and a reply while it is under way.
+
+A `Reply` is the mailbox between the task that generates and the handler that sends. Aborting it is the only way to
+cancel that task, and once nothing more is generated it is too late for that: recording is never disturbed.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from persona.domain import Caller, EntryId, Finish, Message, Version
+from persona.engine.protocol import Chunk, Sampling
+from persona.prompt import Prompt
+from storage.history import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a client asks for. `max_tokens` None: as many as fit."""
+
+    model: str
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    max_tokens: int | None = None
+    store: bool = True
+    conversation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """Who answers: a model name resolved for one caller. `version` None is the bare base."""
+
+    name: str
+    system: str
+    version: Version | None
+    personal: bool  # knows the caller: history stands in its prompt, and the exchange becomes history
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """What the engine gets for one ask, and where the exchange stands in history."""
+
+    voice: Voice
+    placement: Placement | None  # None: the base, which has no history
+    prompt: Prompt
+    recorded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of a reply; the last one has its finish."""
+
+    text: str
+    finish: Finish | None = None
+
+
+class Reply:
+    """A reply under way: the mailbox between the task that generates it and the handler that sends it.
+
+    After the last piece `turn` is the id under which the reply is stored, None if it is not.
+    """
+
+    def __init__(self, caller: Caller, ask: Ask, sheet: Sheet) -> None:
+        self.caller = caller
+        self.ask = ask
+        self.sheet = sheet
+        self.recorded = sheet.recorded
+        self.tokens = 0
+        self.finish: Finish | None = None
+        self.turn: EntryId | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.settled = False  # nothing more is generated; from here on it is recorded undisturbed
+        self._said: list[str] = []
+        # Never longer than max_tokens, because the engine sends at most one piece a token.
+        self._mail: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+    @property
+    def version(self) -> Version | None:
+        return self.sheet.voice.version
+
+    @property
+    def conversation(self) -> str | None:
+        return self.sheet.placement.conversation if self.sheet.placement else None
+
+    @property
+    def text(self) -> str:
+        return "".join(self._said)
+
+    async def next(self, seconds: float | None = None) -> Piece | None:
+        """The next piece, or None after `seconds` of silence. Raises what made the reply fail."""
+        try:
+            async with asyncio.timeout(seconds):
+                mail = await self._mail.get()
+        except TimeoutError:
+            return None
+        if isinstance(mail, Exception):
+            raise mail
+        return mail
+
+    def on_end(self, call: Callable[["Reply"], None]) -> None:
+        """Have `call(reply)` called once, when the reply is over and on record."""
+        assert self.task is not None
+        self.task.add_done_callback(lambda _: call(self))
+
+    def abort(self) -> None:
+        """Stop generating. What was said so far is recorded; a reply that has ended is left alone."""
+        if self.task is not None and not self.settled:
+            self.settled = True
+            self.task.cancel()
+
+    def hear(self, chunk: Chunk) -> None:
+        self.tokens = max(self.tokens, chunk.tokens)
+        if chunk.text:
+            self._said.append(chunk.text)
+            self._mail.put_nowait(Piece(chunk.text))
+
+    def end(self, finish: Finish, failure: Exception | None = None) -> None:
+        if self.finish is None:
+            self.finish = finish
+            self._mail.put_nowait(failure or Piece("", finish))

@@ -1,0 +1,214 @@
+"""The official openai client is the client: sync and async, whole and streamed, and every error as it knows it."""
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+from live import Live, Start
+
+from persona.engine.scripted import ScriptedEngine
+from persona.errors import Busy, EngineDown
+
+HI: Any = [{"role": "user", "content": "hi"}]
+
+
+async def test_a_whole_answer(live: Live) -> None:
+    client = await live.openai()
+    answer = await client.chat.completions.create(model="persona", messages=HI)
+    assert answer.object == "chat.completion"
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == "Hello."
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.model == "persona"
+    assert answer.system_fingerprint == "fp_scripted_0"
+    assert answer.usage.completion_tokens == 1
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 1
+
+
+async def test_the_answer_carries_the_turn_id_and_the_headers_say_the_same(live: Live) -> None:
+    client = await live.openai()
+    raw = await client.chat.completions.with_raw_response.create(model="persona", messages=HI)
+    about = raw.parse().model_extra["persona"]
+    assert about["recorded"] is True
+    assert raw.headers["x-persona-turn"] == str(about["turn"])
+    assert raw.headers["x-persona-conversation"] == about["conversation"]
+    assert raw.headers["x-persona-recorded"] == "true"
+    assert raw.headers["x-persona-version"] == "0"
+
+
+async def test_the_fingerprint_names_the_version(live: Live) -> None:
+    number = await live.publish()
+    client = await live.openai()
+    answer = await client.chat.completions.create(model="persona", messages=HI)
+    assert answer.system_fingerprint == f"fp_scripted_{number}"
+
+
+async def test_a_streamed_answer(start: Start) -> None:
+    live = await start(ScriptedEngine("one two three"))
+    client = await live.openai()
+    stream = await client.chat.completions.create(model="persona", messages=HI, stream=True)
+    chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one two three"
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 4 + ["stop"]
+    assert len({(chunk.id, chunk.created, chunk.system_fingerprint) for chunk in chunks}) == 1
+    assert chunks[-1].model_extra["persona"]["turn"] == 2
+    assert chunks[-1].usage is None
+
+
+async def test_a_stream_ends_with_usage_when_asked(live: Live) -> None:
+    client = await live.openai()
+    options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = [c async for c in await client.chat.completions.create(model="persona", messages=HI, **options)]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 1
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+async def test_the_synchronous_client_works_too(live: Live) -> None:
+    key = await live.key()
+
+    def talk() -> tuple[str, str]:
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0) as client:
+            whole = client.chat.completions.create(model="persona", messages=HI)
+            with client.chat.completions.create(model="persona", messages=HI, stream=True) as stream:
+                streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            return str(whole.choices[0].message.content), streamed
+
+    assert await asyncio.to_thread(talk) == ("Hello.", "Hello.")
+
+
+async def test_the_stream_helper_puts_the_pieces_together(start: Start) -> None:
+    live = await start(ScriptedEngine("one two three"))
+    client = await live.openai()
+    async with client.chat.completions.stream(model="persona", messages=HI) as stream:
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.content == "one two three"
+
+
+async def test_the_models_are_the_callers_own(live: Live) -> None:
+    await live.publish("bob")
+    client = await live.openai("ann")
+    assert [model.id async for model in client.models.list()] == ["persona", "me", "base"]
+    bob = await live.openai("bob")
+    assert [model.id async for model in bob.models.list()] == ["persona", "me", "base", "persona@1"]
+    assert (await bob.models.retrieve("persona@1")).owned_by == "persona"
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("persona@1")
+
+
+async def test_a_wrong_key_is_an_authentication_error(live: Live) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="pk-wrong", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            await client.models.list()
+    assert caught.value.code == "invalid_api_key"
+
+
+async def test_an_unknown_model_is_a_not_found_error(live: Live) -> None:
+    client = await live.openai()
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.chat.completions.create(model="gpt-4o", messages=HI)
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+
+
+async def test_a_value_that_is_not_served_is_a_bad_request(live: Live) -> None:
+    client = await live.openai()
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="persona", messages=HI, n=2)
+    assert (caught.value.code, caught.value.param) == ("unsupported_value", "n")
+
+
+async def test_a_prompt_that_does_not_fit_is_a_bad_request_as_openai_has_it(start: Start) -> None:
+    live = await start(engine={"context": 256})
+    client = await live.openai()
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="persona", messages=[{"role": "user", "content": "x" * 999}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+async def test_a_busy_engine_is_a_503_that_the_client_retries(start: Start) -> None:
+    engine = ScriptedEngine()
+    engine.failure = Busy("Too many requests wait.", retry_after=1)
+    live = await start(engine)
+    client = await live.openai(max_retries=1)
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.chat.completions.create(model="persona", messages=HI)
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"] == "1"
+    assert len(engine.requests) == 2
+
+
+async def test_a_request_that_is_wrong_is_not_retried(start: Start) -> None:
+    live = await start(http={"failures_per_minute": 100})
+    async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="pk-wrong", max_retries=3) as client:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            await client.models.list()
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert live.services.metrics.refused_keys._value.get() == 1
+
+
+async def test_an_engine_that_fails_in_mid_stream_ends_it_with_an_error_event(start: Start) -> None:
+    engine = ScriptedEngine("one two three four five", delay=0.02)
+    live = await start(engine)
+    client = await live.openai()
+    stream = await client.chat.completions.create(model="persona", messages=HI, stream=True)
+    heard = [(await anext(stream)).choices[0].delta.content for _ in range(3)]
+    engine.failure = EngineDown("The engine is being restarted.")
+    with pytest.raises(openai.APIError, match="restarted"):
+        heard += [chunk.choices[0].delta.content async for chunk in stream]
+    assert heard[1] == "one"
+    assert (await live.history())[-1][1].startswith("one")
+
+
+async def test_an_engine_that_fails_before_the_first_word_is_a_status_even_for_a_stream(start: Start) -> None:
+    engine = ScriptedEngine()
+    engine.failure = EngineDown("The engine is being restarted.")
+    live = await start(engine)
+    client = await live.openai()
+    with pytest.raises(openai.InternalServerError):
+        await client.chat.completions.create(model="persona", messages=HI, stream=True)
+
+
+async def test_silence_is_bridged_by_comments(start: Start) -> None:
+    live = await start(ScriptedEngine("slow", delay=0.35), http={"ping_seconds": 0.1})
+    headers = {"Authorization": f"Bearer {await live.key()}"}
+    body = {"model": "persona", "messages": HI, "stream": True}
+    async with live.http.post("/v1/chat/completions", json=body, headers=headers) as answer:
+        text = await answer.text()
+    assert answer.content_type == "text/event-stream"
+    assert text.startswith(": ping\n\n")
+    assert text.endswith("data: [DONE]\n\n")
+
+
+async def test_feedback_rates_a_reply_by_its_turn(live: Live) -> None:
+    client = await live.openai()
+    answer = await client.chat.completions.create(model="persona", messages=HI)
+    turn = answer.model_extra["persona"]["turn"]
+    rated = await live.call("POST", "/v1/feedback", json={"turn": turn, "rating": 1, "correction": "Hello, Ann."})
+    assert (rated["rating"], rated["correction"]) == (1, "Hello, Ann.")
+
+
+@pytest.mark.parametrize("body", [{"turn": 2, "rating": 2}, {"turn": 2}, {"rating": 1}, {"turn": "2", "rating": 1}])
+async def test_feedback_that_says_nothing_is_refused(live: Live, body: dict[str, Any]) -> None:
+    await live.say("hi")
+    await live.call("POST", "/v1/feedback", json=body, status=400)
+
+
+async def test_a_users_own_words_cannot_be_rated(live: Live) -> None:
+    await live.say("hi")
+    await live.call("POST", "/v1/feedback", json={"turn": 1, "rating": 1}, status=404)
+
+
+async def test_the_conversation_id_of_the_client_is_kept(live: Live) -> None:
+    answer = await live.say("hi", metadata={"conversation_id": "kitchen-1"})
+    assert answer["persona"]["conversation"] == "kitchen-1"
+    await live.say("hi", metadata={"conversation_id": "no spaces"}, status=400)
+
+
+async def test_sampling_reaches_the_engine_as_asked(live: Live) -> None:
+    await live.say("hi", temperature=0.25, top_p=0.5, seed=7, stop=["\n", "END"], max_completion_tokens=9)
+    sampling = live.engine.requests[-1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.seed) == (0.25, 0.5, 7)
+    assert (sampling.stop, sampling.max_tokens) == (("\n", "END"), 9)

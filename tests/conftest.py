@@ -1,0 +1,50 @@
+"""The whole service as a fixture: real HTTP on a free port, real SQLite in a temporary folder, a scripted engine."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from live import Live, Start
+
+from persona import app
+from persona.engine.prepare import Prepared
+from persona.engine.scripted import ScriptedEngine, ScriptedText
+from persona.settings import Settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Defaults, but for a home of its own and a free port."""
+    return Settings.model_validate({"home": tmp_path / "home", "http": {"port": 0, "shutdown_seconds": 0.5}})
+
+
+@pytest.fixture
+async def start(settings: Settings) -> AsyncIterator[Start]:
+    """Starts services: `await start(ScriptedEngine("Yes."), http={"max_body": 1024})`, settings by section."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(
+            scripted: ScriptedEngine | None = None, /, *, prepared: Prepared | None = None, **sections: dict[str, Any]
+        ) -> Live:
+            engine = scripted or ScriptedEngine()
+            changed = settings.model_dump()
+            for name, values in sections.items():
+                changed[name] = {**changed[name], **values}
+            chosen = Settings.model_validate(changed)
+            parts: dict[str, Any] = {"engine": engine, "tokenizer": ScriptedText(), "prepared": prepared}
+            house = await stack.enter_async_context(app.build(chosen, **parts))
+            connector = aiohttp.UnixConnector(path=str(chosen.admin_socket))
+            admin = await stack.enter_async_context(aiohttp.ClientSession("http://persona", connector=connector))
+            http = await stack.enter_async_context(aiohttp.ClientSession(house.url))
+            return Live(house, engine, admin, http, stack)
+
+        yield begin
+
+
+@pytest.fixture
+async def live(start: Start) -> Live:
+    """A service with default settings whose engine says «Hello.»"""
+    return await start()

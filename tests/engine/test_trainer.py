@@ -1,0 +1,381 @@
+"""Training in slices: the gradient of the whole model, on a base that does not change, beside serving."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import adapters
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Models
+from plain import Whole, some_tokens
+from workbench import Bench, projections
+
+from jobs.sparse import SparseAdapter
+from jobs.trainer import HEAD_ROWS, Trainer, packs
+from persona.engine import adapter_file, protocol
+from persona.engine.adapter_file import FILE
+from persona.engine.decoder import Decoder
+from persona.engine.protocol import AdapterRef, Example, Plan, Progress, TrainRequest
+from persona.engine.shape import TARGETS
+from persona.errors import TrainingFailed
+
+PLAN = Plan(rank=8, alpha=16.0, density=0.2, passes=1, batch_tokens=128, slice_tokens=64, learning_rate=5e-3)
+
+
+def plan(**changes: Any) -> Plan:
+    return protocol.replace(PLAN, **changes)
+
+
+def example(length: int = 20, seed: int = 1, weight: float = 1.0, start: int = 1) -> Example:
+    return Example(some_tokens(length, seed=seed), list(range(start, length)), weight)
+
+
+def learnable(count: int = 12) -> list[Example]:
+    """The same few words again and again."""
+    return [example(24, seed=i % 2) for i in range(count)]
+
+
+def request(out: Path, examples: list[Example], start: AdapterRef | None = None, **changes: Any) -> TrainRequest:
+    out.mkdir(parents=True, exist_ok=True)
+    return TrainRequest(examples, plan(**changes), str(out), start)
+
+
+def trained(trainer: Trainer) -> list[Progress]:
+    return [progress for progress in trainer.slices() if progress is not None]
+
+
+def run(models: Models, made: TrainRequest, kind: str = "llama") -> list[Progress]:
+    prepared, decoder = models.prepared(kind), models.decoder(kind)
+    start = None
+    if made.start is not None:
+        start = adapter_file.read(Path(made.start.path), made.start.sha256, prepared.base, decoder.shape)
+    return trained(Trainer(decoder, prepared.base, made, start))
+
+
+def loss_of(models: Models, examples: list[Example], start: AdapterRef | None, tmp_path: Path) -> float:
+    """The mean loss with the adapter `start`, before any step."""
+    return run(models, request(tmp_path / "measured", examples, start, learning_rate=0.0))[0].loss
+
+
+# --- what is computed
+
+
+class Autograd(Whole):
+    """The whole model with the adapter's factors, in one graph."""
+
+    def __init__(self, decoder: Decoder, length: int, adapter: SparseAdapter) -> None:
+        super().__init__(decoder, length)
+        self.adapter = adapter
+
+    def project(self, layer: int, target: str, base: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x @ base.dense(x.dtype) + (0 if base.bias is None else base.bias)
+        factor = self.adapter.factors.get((layer, target))
+        return y if factor is None else y + x @ factor.a @ (factor.b * self.adapter.scale)
+
+
+def plain_gradient(decoder: Decoder, adapter: SparseAdapter, examples: list[Example]) -> tuple[float, torch.Tensor]:
+    total = sum(e.weight * len(e.targets) for e in examples)
+    loss = torch.zeros(())
+    for one in examples:
+        h, passing = decoder.embedded(torch.tensor(one.tokens)), Autograd(decoder, len(one.tokens), adapter)
+        for layer in range(decoder.shape.layers):
+            h = decoder.layer(layer, h, passing)
+        rows = [t - 1 for t in one.targets]
+        losses = F.cross_entropy(decoder.logits(h[rows]), torch.tensor(one.tokens)[one.targets], reduction="none")
+        loss = loss + one.weight * losses.sum() / total
+    loss.backward()  # type: ignore[no-untyped-call]
+    adapter.gather_gradient()
+    assert adapter.values.grad is not None
+    return float(loss.detach()), adapter.values.grad
+
+
+def sliced_gradient(trainer: Trainer, adapter: SparseAdapter) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of the trainer's first batch."""
+    batch, loss = trainer._batches[0], 0.0
+    weight = sum(pack.weight for pack in batch)
+    for pack in batch:
+        slices = trainer._pack(pack, weight)
+        try:
+            while True:
+                next(slices)
+        except StopIteration as ended:
+            loss += ended.value
+    adapter.gather_gradient()
+    assert adapter.values.grad is not None
+    return loss, adapter.values.grad
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("top", [0, 1])
+def test_the_gradient_is_that_of_plain_autograd_through_the_whole_model(
+    models: Models, tmp_path: Path, kind: str, top: int
+) -> None:
+    decoder, examples = models.decoder(kind), [example(20, 1, 1.0), example(30, 2, 2.5, start=9), example(9, 3, 0.5)]
+    decoder.dtype = torch.float32
+    made = request(tmp_path, examples, top_layers=top, density=1.0, batch_tokens=1024)
+    trainer = Trainer(decoder, models.prepared(kind).base, made, None)
+    adapter = trainer._adapter
+    list(adapter.build())
+    with torch.no_grad():
+        adapter.values.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
+    adapter.scatter()
+    loss, gradient = sliced_gradient(trainer, adapter)
+    wanted_loss, wanted = plain_gradient(decoder, adapter, examples)
+    assert gradient.abs().max() > 1e-3
+    assert abs(loss - wanted_loss) < 1e-5
+    assert (gradient - wanted).abs().max() < 1e-5 + 1e-4 * float(wanted.abs().max())
+    assert len(gradient) == sum(decoder.shape.projection(t)[0] * 8 * (top or decoder.shape.layers) for t in TARGETS)
+
+
+def test_examples_in_one_pack_do_not_see_each_other(models: Models, tmp_path: Path) -> None:
+    examples = [example(15, seed) for seed in range(4)]
+    together = run(models, request(tmp_path / "a", examples, slice_tokens=256, batch_tokens=256, learning_rate=0.0))
+    apart = [run(models, request(tmp_path / "b", [one], learning_rate=0.0))[0].loss for one in examples]
+    assert len(packs(examples, 256)) == 1
+    assert abs(together[0].loss - sum(apart) / 4) < 0.02  # bf16
+
+
+def test_the_loss_falls(models: Models, tmp_path: Path) -> None:
+    steps = run(models, request(tmp_path, learnable(40), passes=2))
+    assert steps[-1].done
+    assert steps[-1].loss < 0.8 * steps[0].loss
+    assert [s.step for s in steps[:-1]] == list(range(1, steps[0].steps + 1))
+    assert all(s.skipped == 0 for s in steps)
+
+
+def test_what_is_written_is_what_was_trained(models: Models, tmp_path: Path) -> None:
+    """Training's last loss is near what serving computes with the file."""
+    examples, bench = learnable(40), Bench(models)
+    run(models, request(tmp_path, examples, passes=3))
+    ref = adapters.reference(tmp_path)
+    with_it, without = [], []
+    for one in examples[:2]:
+        for into, adapter in ((with_it, ref), (without, None)):
+            job = bench.score(one.tokens, adapter, one.targets)
+            bench.finish()
+            into.append(-sum(bench.scores(job)) / len(one.targets))
+    measured = loss_of(models, examples[:2], ref, tmp_path)
+    assert sum(with_it) < 0.8 * sum(without)
+    assert abs(sum(with_it) / 2 - measured) < 0.05
+
+
+def test_training_is_deterministic(models: Models, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        run(models, request(tmp_path / folder, learnable(), passes=2))
+    assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
+
+
+def test_a_run_that_starts_from_a_version_continues_it(models: Models, tmp_path: Path) -> None:
+    examples = learnable(40)
+    first = run(models, request(tmp_path / "first", examples))
+    second = run(models, request(tmp_path / "second", examples, adapters.reference(tmp_path / "first")))
+    assert second[0].loss < 0.9 * first[0].loss
+    assert second[-1].loss < first[-1].loss
+
+
+def test_a_version_of_another_form_is_no_start(models: Models, tmp_path: Path) -> None:
+    run(models, request(tmp_path / "first", learnable(), rank=4))
+    with pytest.raises(TrainingFailed, match="another form"):
+        run(models, request(tmp_path / "second", learnable(), adapters.reference(tmp_path / "first")))
+
+
+def test_only_the_top_layers_are_adapted_when_told(models: Models, tmp_path: Path) -> None:
+    run(models, request(tmp_path, learnable(), top_layers=1))
+    adapter = adapter_file.parse((tmp_path / FILE).read_bytes())
+    assert (adapter.header.first, adapter.header.layers) == (1, 1)
+
+
+def fingerprint(bench: Bench) -> str:
+    """Every byte of the base in memory."""
+    total, base = hashlib.sha256(), bench.decoder
+    vectors = [v for layer in base.layers for v in (layer.attn_norm, layer.mlp_norm)]
+    for tensor in (base.embed, base.norm, base.head, *vectors, *_parts(bench)):
+        total.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _parts(bench: Bench) -> list[torch.Tensor]:
+    return [v for p in projections(bench) for v in vars(p).values() if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize("weights", ["int4", "nf4", "none"])
+def test_the_bases_bytes_are_unchanged_by_training_and_serving(models: Models, tmp_path: Path, weights: str) -> None:
+    bench = Bench(models, "qwen2", weights)
+    before = fingerprint(bench)
+    ref = adapters.sparse(tmp_path / "adapter", bench.shape, bench.prepared.base)
+    job = bench.train(request(tmp_path / "out", learnable(), passes=2))
+    bench.generate(some_tokens(100), ref)
+    bench.finish()
+    assert bench.answers[job][-1].progress.done  # type: ignore[union-attr]
+    assert fingerprint(bench) == before
+    assert not any(tensor.requires_grad for tensor in _parts(bench))
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_threat_09_an_exploding_run_ends_without_a_candidate(models: Models, tmp_path: Path, rate: float) -> None:
+    with pytest.raises(TrainingFailed):
+        run(models, request(tmp_path, learnable(40), learning_rate=rate, passes=2))
+    assert not (tmp_path / FILE).exists()
+
+
+def test_threat_09_a_single_huge_step_does_not_get_through(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match="outgrew"):
+        run(models, request(tmp_path, [example()], learning_rate=1e3))
+    assert not (tmp_path / FILE).exists()
+
+
+def test_threat_09_steps_that_are_not_finite_are_skipped_then_the_run_ends(models: Models, tmp_path: Path) -> None:
+    made = request(tmp_path, learnable(40))
+    trainer = Trainer(models.decoder(), models.prepared().base, made, None)
+    steps = []
+
+    def poison() -> None:
+        for factor in trainer._adapter.factors.values():
+            factor.b.grad = torch.full_like(factor.b, torch.nan)
+        gather()
+
+    gather, trainer._adapter.gather_gradient = trainer._adapter.gather_gradient, poison  # type: ignore[method-assign]
+    slices = trainer.slices()
+    with pytest.raises(TrainingFailed, match="not finite"):
+        steps.extend(progress.skipped for progress in slices if progress is not None)
+    assert not trainer._adapter.values.any()  # nothing of it was taken over
+    assert steps == [1, 2, 3]
+    assert not (tmp_path / FILE).exists()
+
+
+def test_threat_09_one_step_that_is_not_finite_is_only_left_out(models: Models, tmp_path: Path) -> None:
+    trainer = Trainer(models.decoder(), models.prepared().base, request(tmp_path, learnable(40)), None)
+    gather, calls = trainer._adapter.gather_gradient, []
+
+    def poison_first() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            next(iter(trainer._adapter.factors.values())).b.grad[0] = torch.inf  # type: ignore[index]
+        gather()
+
+    trainer._adapter.gather_gradient = poison_first  # type: ignore[method-assign]
+    steps = trained(trainer)
+    assert steps[-1].done
+    assert steps[-1].skipped == 1
+    assert (tmp_path / FILE).exists()
+
+
+BAD: list[tuple[list[Example], str]] = [
+    ([], "nothing to train on"),
+    ([Example([5, 6, 7], [])], "nothing to train on"),
+    ([Example([5, 6, 7], [0])], "outside"),
+    ([Example([5, 6, 7], [3])], "outside"),
+    ([Example([5, 6, 999], [1])], "outside"),
+    ([Example([5, -6, 9], [1])], "outside"),
+]
+
+
+@pytest.mark.parametrize(("examples", "reason"), BAD)
+def test_examples_that_cannot_train_are_refused(
+    models: Models, tmp_path: Path, examples: list[Example], reason: str
+) -> None:
+    with pytest.raises(TrainingFailed, match=reason):
+        run(models, request(tmp_path, examples))
+
+
+def test_a_full_disk_fails_the_run_and_not_the_engine(models: Models, tmp_path: Path) -> None:
+    bench = Bench(models)
+    made = request(tmp_path / "out", learnable())
+    (tmp_path / "out").rmdir()
+    job = bench.train(made)
+    bench.finish()
+    assert bench.failure(job).kind == "TrainingFailed"
+    assert bench.health().training is False
+    bench.alone(some_tokens(5))
+
+
+# --- slices
+
+
+def test_a_slice_is_one_layer_of_one_pack_or_one_chunk_of_the_head(models: Models, tmp_path: Path) -> None:
+    examples = [example(60, seed) for seed in range(4)] + [example(150, 9)]
+    made = request(tmp_path, examples, batch_tokens=120)
+    trainer = Trainer(models.decoder(), models.prepared().base, made, None)
+    found = list(trainer.slices())
+    layers, all_packs = 2, [pack for batch in trainer._batches for pack in batch]
+    heads = sum(-(-sum(len(e.targets) for e in p.examples) // HEAD_ROWS) for p in all_packs)
+    building = layers * len(TARGETS)
+    slices = building + 2 * layers * len(all_packs) + heads
+    assert len(all_packs) == 5
+    assert found.count(None) == slices
+    assert len(found) - slices == len(trainer._batches) + 1  # progress after each step, and at the end
+
+
+def test_packs_hold_at_most_a_slice_and_no_example_is_lost() -> None:
+    examples = [example(length, 1) for length in (30, 30, 5, 64, 65, 10, 100, 1, 54)]
+    made = packs(examples, 64)
+    assert [e for pack in made for e in pack.examples] == [e for e in examples if e.targets]
+    assert all(pack.tokens <= 64 or len(pack.examples) == 1 for pack in made)
+
+
+def test_the_budget_of_tokens_ends_the_passes(models: Models, tmp_path: Path) -> None:
+    steps = run(models, request(tmp_path, learnable(40), passes=50, max_tokens=600))
+    assert steps[-1].tokens <= 600
+    assert steps[-1].done
+
+
+def test_serving_steps_interleave_with_slices(models: Models, tmp_path: Path) -> None:
+    bench = Bench(models)
+    wanted = bench.alone(some_tokens(10), None, 100)
+    job = bench.train(request(tmp_path, learnable(40), passes=20))
+    bench.work(30)
+    reply = bench.generate(some_tokens(10), None, 100)
+    before = bench.health()
+    while bench.end(reply) is None:
+        bench.work()
+    after = bench.health()
+    assert after.steps - before.steps >= 100
+    assert 0 < after.slices - before.slices < after.steps - before.steps
+    assert after.training
+    assert bench.text(reply) == wanted
+    bench.abort(job)
+    assert bench.failure(job).kind == "TrainingFailed"
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_pause_stops_the_slices_until_it_ends(models: Models, tmp_path: Path) -> None:
+    bench = Bench(models)
+    job = bench.train(request(tmp_path, learnable()))
+    bench.work(5)
+    bench.ask(protocol.Pause)
+    before = bench.health().slices
+    assert bench.loop.idle
+    bench.work(5)
+    assert bench.health().slices == before
+    bench.ask(protocol.Resume)
+    bench.finish()
+    assert bench.answers[job][-1].progress.done  # type: ignore[union-attr]
+
+
+def test_a_second_training_is_busy(models: Models, tmp_path: Path) -> None:
+    bench = Bench(models)
+    bench.train(request(tmp_path / "a", learnable()))
+    refused = bench.failure(bench.train(request(tmp_path / "b", learnable())))
+    assert (refused.kind, refused.retry_after) == ("Busy", 30)
+
+
+def test_threat_12_the_words_of_one_user_change_nothing_for_another(models: Models, tmp_path: Path) -> None:
+    bench, canary = Bench(models), some_tokens(24, seed=0)
+    other = adapters.sparse(tmp_path / "other", bench.shape, bench.prepared.base, user=2)
+
+    def seen_by(adapter: AdapterRef | None) -> list[float]:
+        job = bench.score(canary, adapter)
+        bench.finish()
+        return bench.scores(job)
+
+    before = [seen_by(other), seen_by(None)]
+    bench.train(request(tmp_path / "own", learnable(40), passes=3))
+    bench.finish()
+    own = adapters.reference(tmp_path / "own", user=1)
+    assert sum(seen_by(own)) > sum(before[1])
+    assert [seen_by(other), seen_by(None)] == before

@@ -1,0 +1,154 @@
+"""The engine's loop in this process, on a tiny model: requests in, answers in lists, steps by hand."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from models import Models
+
+from jobs.trainer import Trainer
+from persona.engine import adapter_file, lora, protocol
+from persona.engine.attention import KvCache
+from persona.engine.loop import EngineLoop
+from persona.engine.pages import PagePool
+from persona.engine.protocol import (
+    AdapterRef,
+    Failed,
+    GenerateRequest,
+    Health,
+    Piece,
+    Progress,
+    Reply,
+    Sampling,
+    Scores,
+    TrainRequest,
+)
+from persona.engine.runner import Runner
+from persona.engine.scheduler import Scheduler
+from persona.engine.text import Text
+from persona.engine.tiers import Tiers
+from persona.engine.weights import Projection
+
+PAGE = 8
+
+
+class Bench:
+    """An EngineLoop and everything that it said, by job."""
+
+    def __init__(
+        self,
+        models: Models,
+        kind: str = "llama",
+        weights: str = "int4",
+        *,
+        pages: int = 400,
+        running: int = 32,
+        waiting: int = 64,
+        prefill: int = 64,
+        context: int = 512,
+        budget: int = 1 << 26,
+        page: int = PAGE,
+    ) -> None:
+        self.prepared = models.prepared(kind, weights)
+        self.decoder = models.decoder(kind, weights)
+        self.shape = self.decoder.shape
+        self.answers: dict[int, list[Reply]] = {}
+        self.cache = KvCache(self.shape, pages, page, self.decoder.dtype, self.decoder.device)
+        self.scheduler = Scheduler(
+            PagePool(pages, page), max_running=running, max_waiting=waiting, prefill_tokens=prefill
+        )
+        shared = lora.Shared()
+        self.tiers = Tiers(
+            self.shape,
+            self.prepared.base,
+            budget,
+            lambda found: lora.promote(found, self.shape, self.decoder.dtype, self.decoder.device, shared),
+        )
+        health = Health(self.prepared.base, "tiny", "cpu", weights, context)
+        self.loop = EngineLoop(
+            scheduler=self.scheduler,
+            runner=Runner(self.decoder, self.cache),
+            tiers=self.tiers,
+            text=Text.load(self.prepared.folder),
+            train=self._train,
+            about=lambda: health,
+            eos=frozenset(),
+            send=lambda reply: self.answers.setdefault(reply.id, []).append(reply),
+        )
+        self._job = 0
+
+    def _train(self, request: TrainRequest) -> Iterator[Progress | None]:
+        start = None
+        if request.start is not None:
+            start = adapter_file.read(Path(request.start.path), request.start.sha256, self.prepared.base, self.shape)
+        return Trainer(self.decoder, self.prepared.base, request, start).slices()
+
+    # --- requests: each returns its job
+
+    def ask(self, make: Callable[[int], protocol.Request]) -> int:
+        self._job += 1
+        self.loop.handle(make(self._job))
+        return self._job
+
+    def generate(self, tokens: list[int], adapter: AdapterRef | None = None, count: int = 12, **options: Any) -> int:
+        request = GenerateRequest(tokens, Sampling(max_tokens=count, **options), adapter)
+        return self.ask(lambda job: protocol.Generate(job, request))
+
+    def score(self, tokens: list[int], adapter: AdapterRef | None = None, targets: list[int] | None = None) -> int:
+        wanted = list(range(1, len(tokens))) if targets is None else targets
+        return self.ask(lambda job: protocol.Score(job, protocol.ScoreRequest(tokens, wanted, adapter)))
+
+    def train(self, request: TrainRequest) -> int:
+        return self.ask(lambda job: protocol.Train(job, request))
+
+    def abort(self, job: int) -> None:
+        self.ask(lambda _: protocol.Abort(job))
+
+    def health(self) -> Health:
+        answer = self.answers[self.ask(protocol.Ping)][0]
+        assert isinstance(answer, protocol.Pong)
+        return answer.health
+
+    # --- work and answers
+
+    def work(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.loop.work()
+            self.loop.check()
+
+    def finish(self) -> None:
+        """Work until there is nothing left."""
+        for _ in range(5000):
+            if self.loop.idle:
+                assert self.scheduler.pool.free == self.scheduler.pool.total
+                return
+            self.work()
+        raise AssertionError("the engine never became idle")
+
+    def text(self, job: int) -> str:
+        return "".join(a.chunk.text for a in self.answers[job] if isinstance(a, Piece))
+
+    def end(self, job: int) -> str | None:
+        """How the reply ended; None while it runs."""
+        last = self.answers.get(job, [None])[-1]
+        return last.chunk.finish if isinstance(last, Piece) else None
+
+    def scores(self, job: int) -> list[float]:
+        (answer,) = self.answers[job]
+        assert isinstance(answer, Scores), answer
+        return answer.logprobs
+
+    def failure(self, job: int) -> Failed:
+        answer = self.answers[job][-1]
+        assert isinstance(answer, Failed), answer
+        return answer
+
+    def alone(self, tokens: list[int], adapter: AdapterRef | None = None, count: int = 12, **options: Any) -> str:
+        """The greedy reply with nobody else there."""
+        job = self.generate(tokens, adapter, count, **options)
+        self.finish()
+        return self.text(job)
+
+
+def projections(bench: Bench) -> list[Projection]:
+    return [p for layer in bench.decoder.layers for p in layer.projections.values()]
