@@ -4,6 +4,7 @@ A is frozen and follows from the plan's seed, B trains only under its mask (LoRI
 is the vector and nothing else. Exports exactly to ordinary LoRA, because B is an ordinary matrix.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ class SparseAdapter:
     def norm(self) -> float:
         """‖scale · B‖_F / √out over all factors: about ‖update‖ per output row, as A's rows have norm 1."""
         rows = sum(factor.b.shape[1] for factor in self.factors.values())
-        return float(self.values.norm()) * self.scale / rows**0.5
+        size: float = self.values.norm().item() * self.scale
+        return size / math.sqrt(rows)
 
     @torch.no_grad()
     def gather_gradient(self) -> None:

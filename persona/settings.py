@@ -46,7 +46,7 @@ class Engine(Section):
     context: int = Field(4096, ge=256, description="tokens one sequence may have, prompt and reply together")
     max_running: int = Field(32, ge=1, le=1024, description="sequences decoded in one step")
     max_waiting: int = Field(256, ge=1, description="requests that may wait; one more is answered 503")
-    page_tokens: int = Field(32, ge=8, le=256, description="tokens per cache page")
+    page_tokens: int = Field(32, ge=16, le=256, multiple_of=16, description="tokens per cache page")
     memory_mb: int = Field(1024, ge=64, description="budget for cache pages and adapters in MiB")
     prefill_tokens: int = Field(256, ge=16, description="prompt tokens computed in one step")
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores")

@@ -97,9 +97,14 @@ class Database:
         await in_thread(prepare, path)
         return cls(path, patience)
 
-    async def close(self) -> None:
-        await self._reader.dispose()
-        await self._writer.dispose()
+    async def close(self, *, wait: float = 5.0) -> None:
+        """Let what is under way end, for `wait` seconds at most: a connection that is out would never be closed."""
+        async with self._alone(wait):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait), self._writing:
+                    pass
+            await self._reader.dispose()
+            await self._writer.dispose()
 
     @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:

@@ -44,6 +44,9 @@ State = Literal["starting", "ready", "restarting", "stopped"]
 PING_SECONDS = 1.0
 STOP_SECONDS = 5.0
 MAX_BACKOFF = 30.0
+# Turns that a thread of the engine waits for the others before it sleeps: with the default (about a second) one busy
+# neighbour stalls a step for a second, with none every step is slower (docs/BENCHMARKS.md).
+SPINS = "10000"
 log = structlog.get_logger("engine")
 
 
@@ -263,7 +266,7 @@ class _Link:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "persona.engine.main", str(theirs.fileno()), options),
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={"GOMP_SPINCOUNT": SPINS, **os.environ, "PYTHONUNBUFFERED": "1"},
             )
         return cls(process, *await asyncio.open_connection(sock=ours, limit=protocol.MAX_FRAME))
 

