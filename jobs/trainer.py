@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.adamw import adamw
 
 from jobs.sparse import SparseAdapter
 from persona.engine.adapter_file import Adapter
@@ -93,9 +94,7 @@ class Trainer:
         yield from self._adapter.build()
         if self._start is not None:
             self._adapter.start_from(self._start)
-        optimizer = torch.optim.AdamW(
-            [self._adapter.values], lr=self._plan.learning_rate, betas=(0.9, 0.99), weight_decay=self._plan.weight_decay
-        )
+        optimizer = _AdamW(self._adapter.values, self._plan.weight_decay)
         for step, batch in enumerate(self._batches, 1):
             weight = sum(pack.weight for pack in batch)
             total = 0.0
@@ -103,8 +102,8 @@ class Trainer:
                 total += yield from self._pack(pack, weight)
                 seen += pack.tokens
             first = min(first, total) if step == 1 else first
-            sound = math.isfinite(total) and self._update(optimizer, step, steps)
-            skipped += not sound
+            sound = yield from self._update(optimizer, step, steps)
+            skipped += not (sound and math.isfinite(total))
             self._watch(total, first, skipped)
             yield Progress(step, steps, total, seen, time.perf_counter() - started, skipped)
         self._adapter.save(self._out)
@@ -131,17 +130,17 @@ class Trainer:
         if self._adapter.norm() > self._plan.max_norm:
             raise TrainingFailed("The update outgrew the base; nothing was published. Lower learning.learning_rate.")
 
-    def _update(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> bool:
-        """One optimizer step; False if it was left out because a gradient is not finite."""
+    def _update(self, optimizer: "_AdamW", step: int, steps: int) -> Generator[None, None, bool]:
+        """One optimizer step in three slices; False if it was left out because a gradient is not finite."""
         self._adapter.gather_gradient()
+        yield
         norm = torch.nn.utils.clip_grad_norm_([self._adapter.values], self._plan.clip)
         if not norm.isfinite():
             return False
         warmup = max(1, round(self._plan.warmup * steps))
         share = min(step / warmup, (steps - step + 1) / max(1, steps - warmup + 1))
-        for group in optimizer.param_groups:
-            group["lr"] = self._plan.learning_rate * min(1.0, share)
-        optimizer.step()
+        optimizer.step(self._plan.learning_rate * min(1.0, share))
+        yield
         self._adapter.scatter()
         return True
 
@@ -188,6 +187,35 @@ class Trainer:
             loss += float(share.detach())
             yield
         return loss, gradient
+
+
+class _AdamW:
+    """torch's AdamW on one vector. Its class would import the compiler on first use and stall serving for a second."""
+
+    def __init__(self, values: torch.Tensor, decay: float) -> None:
+        self._values, self._decay = values, decay
+        self._mean, self._square = torch.zeros_like(values), torch.zeros_like(values)
+        self._steps = torch.tensor(0.0)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One update from `values.grad` with learning rate `rate`."""
+        assert self._values.grad is not None
+        adamw(
+            [self._values],
+            [self._values.grad],
+            [self._mean],
+            [self._square],
+            [],
+            [self._steps],
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.99,
+            lr=rate,
+            weight_decay=self._decay,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 class _Forward:

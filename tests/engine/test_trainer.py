@@ -297,7 +297,9 @@ def test_a_full_disk_fails_the_run_and_not_the_engine(models: Models, tmp_path: 
 # --- slices
 
 
-def test_a_slice_is_one_layer_of_one_pack_or_one_chunk_of_the_head(models: Models, tmp_path: Path) -> None:
+def test_a_slice_is_one_layer_of_one_pack_one_chunk_of_the_head_or_a_part_of_the_update(
+    models: Models, tmp_path: Path
+) -> None:
     examples = [example(60, seed) for seed in range(4)] + [example(150, 9)]
     made = request(tmp_path, examples, batch_tokens=120)
     trainer = Trainer(models.decoder(), models.prepared().base, made, None)
@@ -305,7 +307,8 @@ def test_a_slice_is_one_layer_of_one_pack_or_one_chunk_of_the_head(models: Model
     layers, all_packs = 2, [pack for batch in trainer._batches for pack in batch]
     heads = sum(-(-sum(len(e.targets) for e in p.examples) // HEAD_ROWS) for p in all_packs)
     building = layers * len(TARGETS)
-    slices = building + 2 * layers * len(all_packs) + heads
+    updates = 2 * len(trainer._batches)  # gather, step; the scatter comes with the progress
+    slices = building + 2 * layers * len(all_packs) + heads + updates
     assert len(all_packs) == 5
     assert found.count(None) == slices
     assert len(found) - slices == len(trainer._batches) + 1  # progress after each step, and at the end

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from conftest import Tell, World
 from histories import own
 from structlog.testing import capture_logs
+from world import Tell, World
 
 from persona.domain import EntryId, Frame, Message, Role, RunState, User, VersionState
 from persona.engine.protocol import AdapterRef, Progress, ScoreRequest, TrainRequest, ref

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 
 import pytest
-from conftest import Tell, World
 from histories import learning
+from world import Tell, World
 
 from jobs import schedule as schedules
 from jobs.schedule import Schedule
