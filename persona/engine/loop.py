@@ -77,7 +77,7 @@ class EngineLoop:
         self._training: tuple[int, Iterator[Progress | None]] | None = None
         self._paused = False
         self._steps = self._slices = self._tokens = 0
-        self._serving_time = self._slice_time = 0.0  # while sequences run
+        self._credit = 0.0  # seconds of slices that serving has earned for training; below zero after a long one
 
     @property
     def idle(self) -> bool:
@@ -97,11 +97,11 @@ class EngineLoop:
         if plan:
             started = time.perf_counter()
             self._step(plan)
-            self._serving_time += time.perf_counter() - started
-        if self._training and not self._paused and (not plan or self._slice_time < SHARE * self._serving_time):
+            self._credit = min(0.0, self._credit + SHARE * (time.perf_counter() - started))
+        if self._training and not self._paused and (not plan or self._credit >= 0):
             started = time.perf_counter()
             self._slice(*self._training)
-            self._slice_time += (time.perf_counter() - started) * bool(plan)
+            self._credit -= (time.perf_counter() - started) * bool(plan)
 
     def check(self) -> None:
         """Assert that no page leaked."""
