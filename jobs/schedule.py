@@ -54,6 +54,7 @@ class Schedule:
         self._waiting = asyncio.Event()  # a run may be in the queue
         self._ended = asyncio.Event()  # replaced whenever a run ends
         self._stopped = False
+        self._checking = asyncio.Lock()
 
     async def start(self) -> None:
         """Call after the database was repaired; runs that a stop left running end as interrupted."""
@@ -76,7 +77,9 @@ class Schedule:
     async def stop(self) -> None:
         """Stop the timer, then the run under way: it ends as interrupted."""
         if self._timer is not None:
-            self._timer.shutdown(wait=False)
+            self._timer.pause()
+            async with self._checking:  # the timer would cancel a check under way, and log it as an error
+                self._timer.shutdown(wait=False)
         if self._worker is not None:
             self._worker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -110,7 +113,11 @@ class Schedule:
 
     async def check(self) -> None:
         """Enqueue a run for each user who is due."""
-        if not self._learning.enabled:
+        async with self._checking:
+            await self._enqueue_due()
+
+    async def _enqueue_due(self) -> None:
+        if not self._learning.enabled or self._stopped:
             return
         try:
             for user in await self._users.all():

@@ -19,6 +19,7 @@ from aiohttp import web
 from jobs.finetune import Finetune
 from jobs.schedule import Schedule
 from persona import logs
+from persona.api import connections
 from persona.api.archive import PREFIX as EXPORT_PREFIX
 from persona.api.connections import BoundedSite
 from persona.api.metrics import Metrics
@@ -106,6 +107,7 @@ async def build(
     """The whole service, listening. An engine that is given comes with its tokenizer; None: the engine process."""
     async with AsyncExitStack() as stack:
         stack.enter_context(_alone(settings))
+        await connections.check(settings.http)  # a taken port is told before minutes of loading
         database = await Database.open(settings.database)
         stack.push_async_callback(database.close)
         stack.push_async_callback(_settled)

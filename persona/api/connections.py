@@ -30,6 +30,16 @@ class Full(asyncio.Protocol):
         out.close()
 
 
+async def check(http: Http) -> None:
+    """Raises ConfigurationError if the address cannot be listened on."""
+    try:
+        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, http.host, http.port)
+    except OSError as error:
+        raise ConfigurationError(_reason(http, error)) from None
+    server.close()
+    await server.wait_closed()
+
+
 class BoundedSite(web.BaseSite):
     """A TCP address with a cap on connections. Raises ConfigurationError if it cannot listen there."""
 
@@ -49,7 +59,7 @@ class BoundedSite(web.BaseSite):
         try:
             self._server = await loop.create_server(self._admit, self._http.host, self._http.port, backlog=128)
         except OSError as error:
-            raise ConfigurationError(self._reason(error)) from None
+            raise ConfigurationError(_reason(self._http, error)) from None
         for listening in self._server.sockets:
             self._limit_silence(listening)
             self.port = listening.getsockname()[1]
@@ -64,8 +74,9 @@ class BoundedSite(web.BaseSite):
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._http.write_seconds * 1000))
 
-    def _reason(self, error: OSError) -> str:
-        place = f"{self._http.host} port {self._http.port}"
-        if error.errno == errno.EADDRINUSE:
-            return f"{place} is taken by another program; stop it or set http.port."
-        return f"Cannot listen on {place} ({error.strerror}); check http.host and http.port."
+
+def _reason(http: Http, error: OSError) -> str:
+    place = f"{http.host} port {http.port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"{place} is taken by another program; stop it or set http.port."
+    return f"Cannot listen on {place} ({error.strerror}); check http.host and http.port."

