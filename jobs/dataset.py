@@ -6,6 +6,7 @@ before them, so that no version has absorbed what it is judged by.
 """
 
 import re
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ TARGET_TOKENS = 512  # of one message; of a longer one the beginning trains
 COPIES = 3  # of one text that train, and of one text that are held out
 EVENT_SHARE = 1 / 3  # of the tokens that the user wrote: so much may events add
 LOOKBACK = 64  # entries before the first held-out one that the gate may quote in a prompt
+QUOTED_ENTRIES = 16  # entries looked at for a quotation
 CONTEXT_ENTRIES = 16  # turns of a conversation looked at for context
 
 _OWN = (Origin.CHAT, Origin.IMPORT)
@@ -137,7 +139,8 @@ class _Copies:
         self._by_id: Mapping[EntryId, Entry] = {entry.id: entry for entry in entries}
         self._tokenizer = tokenizer
         self._settings = settings
-        self._system = [Message(Role.SYSTEM, system)] if system else []
+        self._system = system
+        self._ordered = sorted(entries, key=lambda entry: entry.id)
         self._longest = longest
 
     def hold_out(self, entries: Sequence[Entry]) -> list[HeldOut] | Deferred:
@@ -218,12 +221,25 @@ class _Copies:
 
     def _frame(self, target: _Target, frame: Frame) -> frames.Framed:
         tokenizer, limit = self._tokenizer, self._settings.context_tokens
+        quoted = self._quoted(target.entry)
         if frame is Frame.DRAFT:
             lines = frames.trim_lines(self._lines(target.entry), limit, tokenizer)
-            return frames.draft(lines, target.text, tokenizer=tokenizer)
-        context = self._system + frames.trim(self._heard(target.entry), limit, tokenizer)
+            return frames.draft(lines, target.text, quoted=quoted, tokenizer=tokenizer)
+        system = prompt.joined([self._system, quoted])
+        context = [Message(Role.SYSTEM, system)] if system else []
+        context += frames.trim(self._heard(target.entry), limit, tokenizer)
         make = frames.reply if frame is Frame.REPLY else frames.turn
         return make(context, target.text, tokenizer=tokenizer)
+
+    def _quoted(self, entry: Entry) -> str:
+        """For every second entry, its recent history as serving quotes it: an adapter that never saw a quotation
+        would continue it in place of answering."""
+        if not self._settings.quoted_tokens or blake2b(b"%d" % entry.id, digest_size=1).digest()[0] % 2:
+            return ""
+        before = bisect_left(self._ordered, entry.id, key=lambda other: other.id)
+        known = {turn.id for turn in islice(self._chain(entry), CONTEXT_ENTRIES)}
+        recent = [e for e in self._ordered[max(0, before - QUOTED_ENTRIES) : before] if e.id not in known]
+        return prompt.quote_recent(_redacted(recent), self._tokenizer, self._settings.quoted_tokens).text
 
     def _heard(self, entry: Entry) -> list[Message]:
         """What stood before `entry`, as a turn's context."""

@@ -173,7 +173,8 @@ class Chat:
             return await self._compose(ask, voice)
         watermark = voice.version.watermark if voice.version else EntryId(0)
         recent = await self._history.recent(user.id, watermark, exclude=placement.known, limit=_RECENT_ENTRIES)
-        retrieved = await self._retrieve(user, ask, placement)
+        # A draft's last message is what others said, as in its training: nothing is put in front of it.
+        retrieved = [] if voice.name == "me" else await self._retrieve(user, ask, placement)
         return await self._compose(ask, voice, _elsewhere(recent, placement), _elsewhere(retrieved, placement))
 
     async def _retrieve(self, user: User, ask: Ask, placement: Placement) -> list[Entry]:

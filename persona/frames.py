@@ -35,10 +35,14 @@ def turn(context: Sequence[Message], text: str, *, tokenizer: ChatTokenizer) -> 
     return _framed([*context, Message(Role.USER, text)], "", tokenizer)
 
 
-def draft(context: Sequence[Line], text: str, *, tokenizer: ChatTokenizer) -> Framed:
-    """The user's words in the assistant's role, under «write as this user»; what others said is one user message."""
+def draft(context: Sequence[Line], text: str, *, tokenizer: ChatTokenizer, quoted: str = "") -> Framed:
+    """The user's words in the assistant's role, under «write as this user»; what others said is one user message.
+
+    quoted: history that stands behind the system line.
+    """
     said = script(context) or DRAFT_OPENING
-    messages = [Message(Role.SYSTEM, DRAFT_SYSTEM), Message(Role.USER, said), Message(Role.ASSISTANT, text)]
+    system = f"{DRAFT_SYSTEM}\n\n{quoted}" if quoted else DRAFT_SYSTEM
+    messages = [Message(Role.SYSTEM, system), Message(Role.USER, said), Message(Role.ASSISTANT, text)]
     return _framed(messages, "", tokenizer)
 
 

@@ -75,6 +75,9 @@ class Learning(Section):
     replay_tokens: int = Field(4000, ge=0, description="own tokens of absorbed history trained again beside the new")
     max_run_tokens: int = Field(60000, ge=1000, description="tokens, context included, that one run may train on")
     context_tokens: int = Field(96, ge=0, description="masked context before each target")
+    quoted_tokens: int = Field(
+        96, ge=0, description="recent history quoted before every second target, as serving quotes it"
+    )
     rank: int = Field(16, ge=1, le=64, description="rank of the adapter")
     alpha: float = Field(32.0, gt=0, description="LoRA alpha")
     density: float = Field(0.09, gt=0, le=1, description="share of B that trains and is stored")

@@ -310,6 +310,14 @@ async def test_me_drafts_under_the_system_line_it_was_trained_with(room: Open) -
         assert it.engine.requests[-1].adapter.number == version.number
 
 
+async def test_me_answers_what_others_said_without_found_entries_in_front_of_it(room: Open) -> None:
+    async with room() as it:
+        await it.say("I live in Ghent")
+        await it.publish(watermark=await it.history.last_id(it.user_id))
+        await it.say("is Ghent a town?", model="me")
+        assert "I live in Ghent" not in it.prompt()
+
+
 async def test_base_knows_nothing_of_the_user(room: Open) -> None:
     async with room() as it:
         await it.say("I live in Ghent")
