@@ -87,9 +87,12 @@ async def gate(
     scorer = _Scorer(engine, tokenizer, held_out, recent, settings, context)
     after = await scorer.messages(after_side)
     before = await scorer.messages(before_side)
-    neutral = await scorer.reference(None)
-    drift = await scorer.reference(after_side.adapter) / neutral - 1 if neutral else math.nan
-    return judge(before, after, drift, settings)
+    return judge(before, after, await scorer.drift(after_side.adapter), settings)
+
+
+async def drift(engine: Serving, tokenizer: ChatTokenizer, adapter: AdapterRef, settings: Settings) -> float:
+    """Relative increase of the loss on the reference set under `adapter`, to the bare base; NaN if it has none."""
+    return await _Scorer(engine, tokenizer, (), (), settings, settings.engine.context).drift(adapter)
 
 
 def judge(before: Sequence[_Loss], after: Sequence[_Loss], drift: float, settings: Settings) -> Verdict:
@@ -157,6 +160,10 @@ class _Scorer:
             framed = await asyncio.to_thread(self._turn, message, side.watermark)
             losses.append(await self._loss(framed, side.adapter))
         return losses
+
+    async def drift(self, adapter: AdapterRef | None) -> float:
+        neutral = await self.reference(None)
+        return await self.reference(adapter) / neutral - 1 if neutral else math.nan
 
     async def reference(self, adapter: AdapterRef | None) -> float:
         """Loss per token on the reference answers."""

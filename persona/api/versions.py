@@ -5,6 +5,7 @@ A failure before the commit leaves the old version serving.
 """
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from jobs import evaluate
 from persona.api import bodies, views
 from persona.api.services import Services, caller, services
 from persona.domain import EntryId, User, Version, VersionState
@@ -70,15 +72,15 @@ async def export_peft(deps: Services, user: User, wire: Folder) -> dict[str, Any
 
 
 async def import_peft(deps: Services, user: User, wire: Folder) -> dict[str, Any]:
-    """Take a PEFT folder as the user's next version; checks of shape and size stand in for the gate."""
+    """Take a PEFT folder as the user's next version; checks of shape, size and drift stand in for the gate."""
     source = _absolute(wire.directory)
     version = await _published(deps, user, source)
     try:
         await _stage(deps, version)
-    except AdapterError:
-        raise
+        await _check_drift(deps, version)
     except BaseException:
-        await deps.adapters.reject(user.id, version.number)
+        with contextlib.suppress(NotFound):  # quarantined already
+            await deps.adapters.reject(user.id, version.number)
         raise
     await deps.adapters.point(user.id, version.number)
     await flip(deps, version)
@@ -106,7 +108,7 @@ async def exportable(deps: Services, user: User, number: int | None) -> Version 
 
 
 async def _published(deps: Services, user: User, source: Path) -> Version:
-    prepared, active = _prepared(deps), await deps.adapters.active(user.id)
+    prepared = _prepared(deps)
     folder = await deps.adapters.workspace(user.id)
     try:
         await asyncio.to_thread(peft_folder.read, source, folder, prepared)
@@ -114,7 +116,7 @@ async def _published(deps: Services, user: User, source: Path) -> Version:
             user.id,
             folder,
             watermark=EntryId(0),  # it has absorbed nothing of this history
-            parent=active.number if active else None,
+            parent=None,
             base=deps.base(),
             run_id=None,
             metrics={"imported": True},
@@ -131,6 +133,14 @@ async def _stage(deps: Services, version: Version) -> None:
     except AdapterError:
         await deps.adapters.quarantine(version.user_id, version.number, "The engine refused its file.")
         raise
+
+
+async def _check_drift(deps: Services, version: Version) -> None:
+    """Raises AdapterError if the adapter unlearns what an assistant says."""
+    drift = await evaluate.drift(deps.engine, deps.tokenizer, ref(version), deps.settings)
+    allowed = deps.settings.learning.max_drift
+    if not drift <= allowed:  # NaN is refused too
+        raise AdapterError(f"The adapter drifts {drift:.1%} on the reference set; {allowed:.1%} is allowed.")
 
 
 async def _served(deps: Services, user: User, number: int) -> Version:

@@ -14,6 +14,8 @@ from safetensors.numpy import load, load_file, save_file
 from persona.engine import adapter_file
 from persona.engine.adapter_file import Header
 from persona.engine.prepare import Prepared
+from persona.engine.protocol import ScoreRequest
+from persona.engine.scripted import ScriptedEngine
 
 SHAPE: dict[str, Any] = {
     "layers": 2,
@@ -67,6 +69,21 @@ async def test_an_adapter_goes_out_and_comes_in_for_another_user(
     assert (await admin(live, "import", out, 201, "bob"))["version"] == 1
     assert (await live.say("hi", user="bob"))["persona"]["version"] == 1
     assert [ref.number for ref in live.engine.flipped] == [1]
+
+
+async def test_threat_05_an_adapter_that_unlearns_the_assistant_is_refused(
+    start: Start, prepared: Prepared, tmp_path: Path
+) -> None:
+    def score(request: ScoreRequest) -> list[float]:
+        return [-1.0 if request.adapter is None else -1.1] * len(request.targets)
+
+    live = await start(ScriptedEngine(score=score), prepared=prepared)
+    await live.publish("ann", weights(tmp_path))
+    await live.key("bob")
+    await admin(live, "export", tmp_path / "peft", 200)
+    refused = await admin(live, "import", tmp_path / "peft", 422, "bob")
+    assert "drifts 10.0%" in refused["error"]["message"]
+    assert (await live.say("hi", user="bob"))["persona"]["version"] is None
 
 
 async def test_threat_33_the_exported_adapter_has_the_same_weights_after_import(
