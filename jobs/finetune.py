@@ -93,7 +93,8 @@ class Finetune:
         except (TrainingFailed, AdapterError) as error:
             return _Outcome(RunState.FAILED, error.message)
         except NotFound:
-            return _Outcome(RunState.FAILED, "The history or the version changed while this run was training.")
+            sentence = "The history or the version changed while this run was training."
+            return _Outcome(RunState.FAILED, sentence, metrics={"again": True})
         except PersonaError as error:  # busy, down or full: nothing is wrong with the text
             return _Outcome(RunState.FAILED, error.message, metrics={"again": True})
         except Exception as error:  # the worker goes on, whatever one user's run meets
@@ -103,7 +104,7 @@ class Finetune:
     async def _learn(self, run: Run) -> _Outcome:
         user = await self._user(run.user_id)
         if obstacle := self._obstacle(user):
-            return _Outcome(RunState.DEFERRED, obstacle)
+            return _Outcome(RunState.DEFERRED, obstacle, metrics={"again": True})
         serving = await self._serving(user)
         start = serving if serving is not None and self._continues(serving) else None
         data = await self._dataset(user, start)
@@ -254,7 +255,7 @@ class Finetune:
         if outcome.state is RunState.KEPT and outcome.candidate is not None:
             outcome = await self._swap(outcome, outcome.candidate)
         number = outcome.candidate.number if outcome.candidate else None
-        metrics = {**outcome.metrics, "through": through}
+        metrics = {**outcome.metrics, "through": through, "base": self.base_hash()}
         ended = await self._runs.end(
             run.id, outcome.state, outcome.reason, self.clock(), version=number, metrics=metrics
         )

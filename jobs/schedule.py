@@ -140,7 +140,7 @@ class Schedule:
 
     async def _ripe(self, user: User, last: Run) -> bool:
         """Whether a run without a verdict may be tried again: after more text, or after a pause if it had bad luck."""
-        if last.state is not RunState.DEFERRED:
+        if last.state is not RunState.DEFERRED or last.metrics.get("again"):
             return self._age(last.ended) >= AGAIN
         more = await self._history.own_tokens(user.id, EntryId(last.metrics.get("through", 0)))
         return more >= max(1, self._learning.min_aged_tokens // 2)
@@ -161,12 +161,19 @@ class Schedule:
 
     async def _lost(self, user: User, last: Run | None) -> bool:
         """Whether the version that `last` made cannot serve: it was deleted with an entry, or is of another base."""
+        if await self._asleep(user, last):
+            return True
         if last is None or last.state is not RunState.KEPT or last.version is None:
             return False
         version = await self._adapters.get(user.id, last.version)
         if version is None:
             return False
         return version.state is VersionState.DELETED or version.base != self._finetune.base_hash()
+
+    async def _asleep(self, user: User, last: Run | None) -> bool:
+        """Whether the user's version is of another base, and no run came to a verdict on this one yet."""
+        active, base = await self._adapters.active(user.id), self._finetune.base_hash()
+        return active is not None and active.base != base and (last is None or last.metrics.get("base") != base)
 
     def _age(self, moment: datetime | None) -> timedelta:
         """Since `moment`; negative after the clock was set back, which makes nobody due."""

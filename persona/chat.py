@@ -119,7 +119,8 @@ class Chat:
         await self._check_fit(ask, voice)
         if not voice.personal:
             return Sheet(voice, None, await self._compose(ask, voice), recorded=False)
-        wanted = ask.store and caller.learn and not is_task(ask.messages)
+        # What stands in the user's role of a draft is what others said: it must never train as the user's words.
+        wanted = ask.store and caller.learn and voice.name != "me" and not is_task(ask.messages)
         placement, stored = await self._place(caller, ask, store=store and wanted)
         prompt = await self._personal(caller.user, ask, voice, placement)
         return Sheet(voice, placement, prompt, recorded=stored if store else wanted)

@@ -144,7 +144,8 @@ class Adapters:
             row = await lineage.row(connection, user_id, number)
             if row is None:
                 raise NotFound("There is no such version.")
-            await self._quarantine(connection, row, reason)
+            if row.state in (VersionState.CANDIDATE, VersionState.PUBLISHED):  # else its files went on purpose
+                await self._quarantine(connection, row, reason)
         return await self.active(user_id)
 
     async def prune(self, user_id: UserId, keep: int) -> Numbers:

@@ -5,15 +5,13 @@ thoughts in <think> tags and white space at the ends belong to no turn.
 """
 
 import hashlib
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persona.domain import Message, Role
 
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-_OPEN_THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)
+_OPEN, _CLOSE = "<think>", "</think>"
 _TURNS = (Role.USER, Role.ASSISTANT)
 
 
@@ -33,10 +31,19 @@ def printable(text: str) -> str:
 
 def clean(role: Role, text: str) -> str:
     """`text` without thoughts; an assistant's thought may lack its first or its last tag."""
-    text = _THOUGHT.sub("", printable(text))
+    text = _without_thoughts(printable(text))
     if role == Role.ASSISTANT:
-        text = _OPEN_THOUGHT.sub("", text)
+        text = text.rpartition(_CLOSE)[2].partition(_OPEN)[0]
     return text.strip()
+
+
+def _without_thoughts(text: str) -> str:
+    """In time linear in the text, whatever tags stand in it."""
+    kept, at = [], 0
+    while (start := text.find(_OPEN, at)) >= 0 and (end := text.find(_CLOSE, start)) >= 0:
+        kept.append(text[at:start])
+        at = end + len(_CLOSE)
+    return "".join(kept) + text[at:]
 
 
 def turns(messages: Sequence[Message]) -> list[Turn]:

@@ -20,6 +20,7 @@ from storage.database import Transaction
 from storage.tables import deletions, entries
 
 _BATCH = 500
+MAX_CHARS = 65_536  # of one item
 _BREATH = 50  # texts counted before others may run
 _CONVERSATION = "import"
 
@@ -37,6 +38,8 @@ class ImportItem:
     def __post_init__(self) -> None:
         if not identity.clean(self.role, self.text):
             raise Unprocessable("An item of the import has no text.", param="text")
+        if len(self.text) > MAX_CHARS:
+            raise Unprocessable(f"An item of the import is longer than {MAX_CHARS} characters: split it.", param="text")
         if self.ts.tzinfo is None:
             raise Unprocessable("The time of an item of the import has no zone.", param="ts")
         if self.role not in (Role.USER, Role.ASSISTANT):

@@ -310,6 +310,12 @@ async def test_me_drafts_under_the_system_line_it_was_trained_with(room: Open) -
         assert it.engine.requests[-1].adapter.number == version.number
 
 
+async def test_what_others_said_to_a_draft_never_becomes_the_users_own_words(room: Open) -> None:
+    async with room() as it:
+        await it.say("guest: how do I mount a disk?", model="me")
+        assert await it.history.page(it.user_id) == []
+
+
 async def test_me_answers_what_others_said_without_found_entries_in_front_of_it(room: Open) -> None:
     async with room() as it:
         await it.say("I live in Ghent")

@@ -5,6 +5,7 @@ put together in a folder of its own that is removed however the download ends.
 """
 
 import asyncio
+import contextlib
 import shutil
 import tempfile
 import zipfile
@@ -20,6 +21,7 @@ from persona.api.sending import Outlet
 from persona.api.services import Services, caller, services
 from persona.api.versions import exportable, write_peft
 from persona.domain import Entry, EntryId, User, Version
+from persona.errors import AdapterError
 
 PREFIX = "export-"
 _PAGE = 500
@@ -40,7 +42,9 @@ async def _assemble(deps: Services, user: User, folder: Path) -> Path:
     content = folder / "content"
     content.mkdir()
     entries = await _write_history(deps, user, content / "history.jsonl")
-    version = await exportable(deps, user, None)
+    version = None
+    with contextlib.suppress(AdapterError):  # damaged, or of another base: the history goes out without it
+        version = await exportable(deps, user, None)
     if version is not None:
         await write_peft(deps, version, content / "adapter")
     manifest = _manifest(deps, user, version, entries)

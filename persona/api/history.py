@@ -67,6 +67,9 @@ async def delete(request: web.Request) -> web.Response:
     gone = await deps.history.delete(user.id, EntryId(bodies.path_int(request, "id")))
     if gone:
         await _serve_again(deps, user)
+        if user.learn and not user.paused:  # what was deleted is unlearned by learning the rest anew
+            await deps.runs.request(user.id, deps.clock())
+            deps.schedule.wake()
     return web.json_response({"deleted": True, "versions": list(gone)})
 
 

@@ -102,6 +102,8 @@ async def write_peft(deps: Services, version: Version, out: Path) -> None:
 async def exportable(deps: Services, user: User, number: int | None) -> Version | None:
     """The named version, or the active one, with its file verified."""
     version = await (deps.adapters.active(user.id) if number is None else _served(deps, user, number))
+    if version is not None and version.base != deps.base():
+        raise AdapterError("The version was trained on another base than the one that serves; train again first.")
     if version is not None:
         await deps.adapters.verify(version)
     return version

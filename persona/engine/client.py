@@ -37,7 +37,7 @@ from persona.engine.protocol import (
     Step,
     TrainRequest,
 )
-from persona.errors import EngineDown, ModelError, PersonaError, TrainingFailed
+from persona.errors import EngineDown, ModelError, PersonaError
 from persona.settings import Settings
 
 State = Literal["starting", "ready", "restarting", "stopped"]
@@ -127,15 +127,12 @@ class LocalEngine:
     # --- training
 
     async def train(self, request: TrainRequest) -> AsyncIterator[Progress]:
-        try:
-            async with contextlib.aclosing(self._call(lambda job: protocol.Train(job, request))) as answers:
-                async for answer in answers:
-                    if isinstance(answer, Step):
-                        yield answer.progress
-                        if answer.progress.done:
-                            return
-        except EngineDown:
-            raise TrainingFailed("The engine stopped during training; the run can be asked for again.") from None
+        async with contextlib.aclosing(self._call(lambda job: protocol.Train(job, request))) as answers:
+            async for answer in answers:
+                if isinstance(answer, Step):
+                    yield answer.progress
+                    if answer.progress.done:
+                        return
 
     async def pause(self) -> None:
         await self._one(protocol.Pause)
@@ -186,18 +183,27 @@ class LocalEngine:
         backoff = 0.5
         while True:
             started = time.monotonic()
-            self._link = link = await _Link.open(self._options())
             try:
-                await self._watch(link)
-            finally:
-                self._lose()
-                await link.close()
+                await self._live()
+            except OSError as error:  # no process or no socket to be had: later, perhaps
+                if self.state == "starting":
+                    raise
+                log.error("engine cannot be started", kind=type(error).__name__)
             if self.state == "starting":
                 raise ModelError("The engine process ended while loading the model; its last lines say why.")
             self.state, self.restarts = "restarting", self.restarts + 1
             backoff = 0.5 if time.monotonic() - started > MAX_BACKOFF else min(2 * backoff, MAX_BACKOFF)
             log.error("engine lost, starting it again", restarts=self.restarts, after_s=backoff)
             await asyncio.sleep(backoff)
+
+    async def _live(self) -> None:
+        """One life of the process, from its start to its end."""
+        self._link = link = await _Link.open(self._options())
+        try:
+            await self._watch(link)
+        finally:
+            self._lose()
+            await link.close()
 
     async def _watch(self, link: "_Link") -> None:
         """Return when the process is gone or silent for too long."""

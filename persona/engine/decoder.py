@@ -92,6 +92,8 @@ class Decoder:
         normed = F.rms_norm(h, self.norm.shape, self.norm, self.shape.eps).to(self.head.dtype)
         if self.head.dtype == torch.float32:
             return F.linear(normed, self.head)
+        if torch.is_grad_enabled():  # the product with an fp32 result has no derivative
+            return F.linear(normed, self.head).float()
         return torch.mm(normed, self.head.t(), out_dtype=torch.float32)
 
     def nbytes(self) -> int:

@@ -55,7 +55,8 @@ class Training(Protocol):
     def train(self, request: TrainRequest) -> AsyncIterator[Progress]:
         """Yield progress until one is `done`: then adapter.safetensors lies in `request.out`.
 
-        Raises TrainingFailed with the reason otherwise. Closing the iterator abandons the run.
+        Raises TrainingFailed with the reason otherwise; EngineDown or StorageFull when the examples are not to blame.
+        Closing the iterator abandons the run.
         """
         ...
 

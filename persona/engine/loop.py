@@ -21,7 +21,7 @@ from persona.engine.scheduler import Plan, Scheduler, Sequence
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer, Text
 from persona.engine.tiers import Tiers
-from persona.errors import Busy, PersonaError, RequestError, TooLarge, TrainingFailed
+from persona.errors import Busy, PersonaError, RequestError, StorageFull, TooLarge, TrainingFailed
 
 SHARE = 0.09  # of busy time that training may take (PEERS' M8 allows gaps to grow by a tenth)
 
@@ -90,6 +90,12 @@ class EngineLoop:
             self._dispatch(request)
         except PersonaError as error:
             self._fail(request.id, error)
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # an adapter that does not fit: only this request ends
+            log.error("request failed", kind=type(error).__name__)
+            self._fail(request.id, Busy("There is no memory for this request; try again later.", retry_after=10))
 
     def work(self) -> None:
         """One step of serving, then a slice of training if serving leaves time for it."""
@@ -288,6 +294,9 @@ class EngineLoop:
         except PersonaError as error:
             self._end_training()
             self._fail(job, error)
+        except OSError as error:
+            self._end_training()
+            self._fail(job, StorageFull(f"The adapter could not be written: {error.strerror}."))
         except Exception as error:  # whatever it is, serving goes on
             self._end_training()
             log.error("training failed", kind=type(error).__name__)

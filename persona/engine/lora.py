@@ -26,10 +26,11 @@ class Resident:
 
     factors: Factors
     kind: tuple[object, ...]  # adapters of one kind fit into one batched product
+    shares: bool  # its A's belong to all adapters of its seed
 
     def nbytes(self) -> int:
         """Bytes that only this adapter holds: shared A's are not counted."""
-        return sum(b.nbytes for _, b in self.factors.values())
+        return sum(b.nbytes + (0 if self.shares else a.nbytes) for a, b in self.factors.values())
 
 
 class Shared:
@@ -54,7 +55,8 @@ def promote(adapter: Adapter, shape: Shape, dtype: torch.dtype, device: torch.de
             if adapter.header.form == "sparse":
                 a = shared.tensor(pair[0], a)
             factors[layer, target] = a, torch.from_numpy(pair[1]).t().contiguous().to(device, dtype)
-    return Resident(factors, tuple((key, a.shape[1]) for key, (a, _) in factors.items()))
+    kind = tuple((key, a.shape[1]) for key, (a, _) in factors.items())
+    return Resident(factors, kind, adapter.header.form == "sparse")
 
 
 @dataclass(frozen=True, slots=True)

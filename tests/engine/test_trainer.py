@@ -289,7 +289,7 @@ def test_a_full_disk_fails_the_run_and_not_the_engine(models: Models, tmp_path: 
     (tmp_path / "out").rmdir()
     job = bench.train(made)
     bench.finish()
-    assert bench.failure(job).kind == "TrainingFailed"
+    assert bench.failure(job).kind == "StorageFull"
     assert bench.health().training is False
     bench.alone(some_tokens(5))
 

@@ -8,6 +8,7 @@ import pytest
 
 from persona.domain import EntryId, Finish, Message, Origin, Role, User
 from persona.errors import NotFound
+from storage import identity
 from storage.database import Database
 from storage.history import History
 from storage.users import Users
@@ -198,6 +199,11 @@ async def test_think_blocks_are_stripped_from_history(place, answer, history, an
 async def test_think_blocks_of_other_models_and_of_users_are_stripped_too(place, history, ann):
     await place("<think>secret</think>hello", "<think>plan</think>ok", "a <think> tag is not closed here")
     assert await texts(history, ann) == ["hello", "ok", "a <think> tag is not closed here"]
+
+
+def test_threat_16_unclosed_thoughts_cost_no_more_than_their_length():
+    assert identity.clean(Role.USER, "<think>" * 100_000) == "<think>" * 100_000
+    assert identity.clean(Role.ASSISTANT, "<think>" * 100_000 + "x") == ""
 
 
 async def test_white_space_line_ends_and_composition_make_no_difference(place, history, ann):
