@@ -27,9 +27,8 @@ ROUND = 32  # rows
 
 def compute_dtype(device: str) -> torch.dtype:
     """bf16 where the hardware multiplies it natively, else fp32 (emulated bf16 is many times slower)."""
-    if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device == "cuda" or native else torch.float32
 
 
 def product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,7 @@ def test_what_dense_returns_may_be_changed_without_changing_the_projection(form:
 @pytest.mark.parametrize(("form", "most"), [("int4", 0.66), ("nf4", 0.66), ("none", 2.0)])
 def test_a_projection_says_how_many_bytes_it_holds(form: str, most: float) -> None:
     projection = made(form, 192, 576)
+    most = weights.compute_dtype("cpu").itemsize if form == "none" else most
     assert 0.5 * 192 * 576 <= projection.nbytes() <= most * 192 * 576
 
 
