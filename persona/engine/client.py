@@ -44,8 +44,8 @@ State = Literal["starting", "ready", "restarting", "stopped"]
 PING_SECONDS = 1.0
 STOP_SECONDS = 5.0
 MAX_BACKOFF = 30.0
-# Turns that a thread of the engine waits for the others before it sleeps: with the default (about a second) one busy
-# neighbour stalls a step for a second, with none every step is slower (docs/BENCHMARKS.md).
+# Turns that a thread of the engine waits for the others before it sleeps: with the default busy neighbours can stall
+# a step for a second, with far fewer every step is slower (docs/DECISIONS.md).
 SPINS = "10000"
 log = structlog.get_logger("engine")
 

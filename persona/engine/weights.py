@@ -66,7 +66,7 @@ class Projection(ABC):
 class Int4(Projection):
     """torch's CPU kernel for few rows, an unpacked product for many. Rows are independent of each other in both."""
 
-    FEW = 80  # rows up to which the kernel is faster (measured: docs/BENCHMARKS.md)
+    FEW = 80  # rows up to which the kernel is faster (tests/bench/kernels.py --only few)
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.rows, self.columns, self.bias = codes.shape[0], codes.shape[1] * 2, bias

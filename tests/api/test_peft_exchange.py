@@ -86,6 +86,21 @@ async def test_threat_05_an_adapter_that_unlearns_the_assistant_is_refused(
     assert (await live.say("hi", user="bob"))["persona"]["version"] is None
 
 
+async def test_a_damaged_adapter_does_not_keep_the_history_from_its_owner(
+    start: Start, prepared: Prepared, tmp_path: Path
+) -> None:
+    live = await start(prepared=prepared)
+    await live.publish("ann", weights(tmp_path))
+    version = await live.services.adapters.active((await live.user()).id)
+    assert version is not None
+    Path(version.path, "adapter.safetensors").write_bytes(b"damaged")
+    headers = {"Authorization": f"Bearer {await live.key()}"}
+    async with live.http.get("/v1/me/export", headers=headers) as answer:
+        archive = zipfile.ZipFile(io.BytesIO(await answer.read()))
+    assert "history.jsonl" in archive.namelist()
+    assert not [name for name in archive.namelist() if name.startswith("adapter/")]
+
+
 async def test_threat_33_the_exported_adapter_has_the_same_weights_after_import(
     start: Start, prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -146,6 +146,25 @@ async def test_a_version_of_another_base_is_trained_anew(world: World, ann: User
     assert await due(world, ann)
 
 
+async def test_a_version_of_another_base_is_trained_anew_once_whatever_run_came_last(
+    world: World, ann: User, tell: Tell
+) -> None:
+    await tell(40)
+    await world.train(ann)
+
+    async def rejected_on(base: str) -> None:
+        run = await world.runs.request(ann.id, world.clock())
+        await world.runs.start(run.id, world.clock())
+        seen = {"base": base, "through": await world.history.last_id(ann.id)}
+        await world.runs.end(run.id, RunState.REJECTED, "Not better.", world.clock(), metrics=seen)
+
+    await rejected_on(world.base)
+    world.base = "other-base"
+    assert await due(world, ann)
+    await rejected_on("other-base")
+    assert not await due(world, ann)
+
+
 async def test_a_user_who_rolled_back_is_not_trained_against_their_will(world: World, ann: User, tell: Tell) -> None:
     await tell(40)
     await world.train(ann)

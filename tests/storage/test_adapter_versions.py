@@ -198,6 +198,13 @@ async def test_threat_06_a_damaged_or_missing_manifest_is_found(adapters, ann, m
         await adapters.verify(version)
 
 
+async def test_a_version_whose_files_went_on_purpose_is_not_called_corrupt(make, adapters, ann):
+    await make(ann.id, serve=False)
+    await adapters.reject(ann.id, 1)
+    assert await adapters.quarantine(ann.id, 1, "its file is missing") is None
+    assert (await adapters.get(ann.id, 1)).state is VersionState.REJECTED
+
+
 async def test_threat_06_a_quarantined_version_hands_over_to_the_one_before(make, adapters, ann):
     for _ in range(3):
         await make(ann.id)

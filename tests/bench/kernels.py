@@ -1,0 +1,136 @@
+"""The small facts behind docs/DECISIONS.md: what single operations cost on this CPU, one JSON line each.
+
+    .venv/bin/python tests/bench/kernels.py [--threads 2] [--only PART]
+
+`step` is one forward of the embedded model without cache and without the service. To see what a busy machine does to
+it, run the same beside two busy processes, with and without GOMP_SPINCOUNT=10000 in the environment.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from persona.engine import decoder, prepare, quantize
+from persona.engine.decoder import Decoder
+from persona.engine.weights import Int4, Projection, compute_dtype
+from persona.settings import Settings
+
+
+def report(measure: str, **figures: object) -> None:
+    sys.stdout.write(json.dumps({"measure": measure, **figures}) + "\n")
+    sys.stdout.flush()
+
+
+def timed(work: Callable[[], object], count: int = 60) -> list[float]:
+    """Ascending milliseconds of `count` runs after one that does not count."""
+    work()
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        work()
+        times.append(1000 * (time.perf_counter() - started))
+    return sorted(times)
+
+
+def new_shapes() -> None:
+    """A bf16 product with a number of rows that was not seen before, and again."""
+    matrix = torch.randn(576, 3072).bfloat16()
+    first, again = (
+        [timed_once(torch.randn(rows, 576).bfloat16(), matrix) for rows in range(101, 131)] for _ in range(2)
+    )
+    report("new number of rows, ms", first=rounded(first), again=rounded(again))
+
+
+def timed_once(x: torch.Tensor, matrix: torch.Tensor) -> float:
+    started = time.perf_counter()
+    torch.matmul(x, matrix)
+    return 1000 * (time.perf_counter() - started)
+
+
+def small_products() -> None:
+    """One row through an adapter of rank 16, in both types."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.randn(576, 16).to(dtype), torch.randn(1, 16, 960).to(dtype)
+        x, y = torch.randn(1, 1, 576).bfloat16(), torch.randn(1, 960).bfloat16()
+        found[str(dtype)] = rounded(
+            timed(lambda a=a, b=b, x=x, y=y: y.add_(torch.matmul(torch.matmul(x.to(a.dtype), a), b).squeeze(1)), 200), 4
+        )
+    report("adapter product of one row, ms", **found)
+
+
+def few_rows() -> None:
+    """The int4 kernel beside the unpacked product, for a projection of the embedded model."""
+    codes, scales = quantize.int4(torch.randn(576, 1536))
+    found = {}
+    for rows in (16, 48, 64, 80, 96, 128):
+        x, sides = torch.randn(rows, 1536).to(compute_dtype("cpu")), []
+        for limit in (rows, rows - 1):
+            projection = Int4(quantize.pack_nibbles(codes), scales, None)
+            projection.FEW = limit
+            sides.append(rounded(timed(lambda p=projection, x=x: p(x)), 2))
+        found[rows] = sides
+    report("int4 product of so many rows, ms: kernel, unpacked", **{str(rows): both for rows, both in found.items()})
+
+
+class Bare:
+    """A pass without cache and adapters over one sequence: implements decoder.Pass."""
+
+    def __init__(self, base: Decoder, tokens: int) -> None:
+        self.rotary = base.rotary(torch.arange(tokens))
+
+    def project(self, layer: int, target: str, base: Projection, x: torch.Tensor) -> torch.Tensor:
+        return base(x)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1).reshape(out.shape[2], -1)
+
+
+@torch.no_grad()
+def step() -> None:
+    prepared = prepare.fetch(prepare.EMBEDDED, Settings().cache, "int4", lambda _, __: None)
+    base = decoder.load(prepared.folder, "int4", "cpu")
+    run, tokens = Bare(base, 1), torch.tensor([1000])
+
+    def forward() -> None:
+        h = base.embedded(tokens)
+        for layer in range(base.shape.layers):
+            h = base.layer(layer, h, run)
+        base.logits(h)
+
+    times = timed(forward)
+    spins = os.environ.get("GOMP_SPINCOUNT", "default")
+    report("step of one row, ms", spins=spins, p50=rounded(times), p90=round(times[int(0.9 * len(times))], 1))
+
+
+def rounded(times: list[float], digits: int = 1) -> float:
+    return round(statistics.median(times), digits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name, measure in {
+        "new shapes": new_shapes,
+        "small products": small_products,
+        "few rows": few_rows,
+        "step": step,
+    }.items():
+        if options.only in name:
+            measure()
+
+
+if __name__ == "__main__":
+    main()
