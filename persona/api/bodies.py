@@ -1,24 +1,21 @@
 """Request bodies, bounded in bytes, time and depth before anything is made of them.
 
 A body above the limit is refused before it is read if it says its length, and at the first byte too many if not.
-JSON is decoded by msgspec, which refuses NaN, broken Unicode and bottomless nesting by itself.
+What they hold is JSON, decoded by persona.wire.
 """
 
 import asyncio
 import math
-import re
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 from aiohttp import web
 
 from persona.api.services import services
 from persona.errors import RequestError, TooLarge, TooSlow
+from persona.wire import decode
 
 T = TypeVar("T")
-
-_PLACE = re.compile(r" - at `\$\.?([^`]*)`$")
 
 
 async def read(request: web.Request) -> bytes:
@@ -65,40 +62,6 @@ async def lines(request: web.Request) -> AsyncIterator[bytes]:
         _refuse_long(rest, http.max_body)
     if rest.strip():
         yield bytes(rest)
-
-
-def decode(content: bytes, kind: type[T]) -> T:
-    """JSON as `kind`. Raises RequestError that names the field, never its content."""
-    try:
-        return msgspec.json.decode(content, type=kind)
-    except msgspec.ValidationError as error:
-        raise _misfit(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise RequestError("The body is not valid JSON.", code="invalid_json") from None
-    except RecursionError:
-        raise RequestError("The body is nested too deeply.", code="invalid_json") from None
-
-
-def dumps(value: Any) -> str:
-    """JSON text of an answer."""
-    return msgspec.json.encode(value).decode()
-
-
-def convert(value: Any, kind: type[T]) -> T:
-    """A decoded value as `kind`, with the same errors as `decode`."""
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise _misfit(str(error)) from None
-
-
-def _misfit(sentence: str) -> RequestError:
-    """msgspec's sentence names types and places; the place becomes `param`."""
-    match = _PLACE.search(sentence)
-    what = _PLACE.sub("", sentence).replace("`", "")
-    missing = re.search(r"missing required field (\w+)", what)
-    place = ".".join(filter(None, (match[1] if match else "", missing[1] if missing else "")))
-    return RequestError(f"{what}{f' at {place}' if match else ''}.", code="invalid_type", param=place or None)
 
 
 async def _parts(request: web.Request, seconds: float, *, renewed: bool = False) -> AsyncIterator[bytes]:

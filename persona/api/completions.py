@@ -9,22 +9,24 @@ from typing import Any
 
 from aiohttp import web
 
-from persona.api import bodies, errors, openai
+from persona import chat_openai
+from persona.api import bodies, errors
 from persona.api.services import Services, caller, services
 from persona.api.sse import EventStream
 from persona.chat_reply import Piece, Reply
 from persona.errors import PersonaError
+from persona.wire import dumps
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
     deps = services(request)
-    wire = await bodies.read_json(request, openai.Completion)
-    ask = openai.understand(wire, deps.settings.prompt.max_reply_tokens)
+    body = await bodies.read_json(request, chat_openai.Completion)
+    ask = chat_openai.understand(body, deps.settings.prompt.max_reply_tokens)
     reply = await deps.chat.reply(caller(request), ask)
     reply.on_end(deps.metrics.reply)
     try:
-        if wire.stream:
-            return await _stream(request, reply, usage=wire.usage_wanted)
+        if body.stream:
+            return await _stream(request, reply, usage=body.usage_wanted)
         return await _whole(request, reply)
     finally:
         reply.abort()
@@ -35,8 +37,8 @@ async def _whole(request: web.Request, reply: Reply) -> web.Response:
         piece = await reply.next()
         if piece is not None and piece.finish is not None:
             break
-    answer = openai.completion(reply, _head(services(request), reply))
-    return web.json_response(answer, headers=_headers(reply), dumps=bodies.dumps)
+    answer = chat_openai.completion(reply, _head(services(request), reply))
+    return web.json_response(answer, headers=_headers(reply), dumps=dumps)
 
 
 async def _stream(request: web.Request, reply: Reply, *, usage: bool) -> web.StreamResponse:
@@ -49,12 +51,12 @@ async def _stream(request: web.Request, reply: Reply, *, usage: bool) -> web.Str
     try:
         await _events(events, reply, first, _Chunks(deps, reply, usage), http.ping_seconds)
     except PersonaError as error:
-        await events.send(errors.body(error))
+        await events.send(chat_openai.error_body(error))
         await events.close()
     except ConnectionError:
         raise
     except Exception as error:
-        await events.send(errors.body(errors.unexpected(request, error)))
+        await events.send(chat_openai.error_body(errors.unexpected(request, error)))
         await events.close()
     return events.response
 
@@ -86,20 +88,20 @@ class _Chunks:
         self._head = _head(self._deps, self._reply)
 
     def of(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        chunk = openai.chunk(self._head, delta, finish)
+        chunk = chat_openai.chunk(self._head, delta, finish)
         return {**chunk, "usage": None} if self._usage else chunk
 
     def last(self) -> list[dict[str, Any]]:
-        about = {"persona": openai.about(self._reply)}
-        end = {**self.of({}, openai.finish_reason(self._reply)), **about}
+        about = {"persona": chat_openai.about(self._reply)}
+        end = {**self.of({}, chat_openai.finish_reason(self._reply)), **about}
         if not self._usage:
             return [end]
-        return [end, {**openai.chunk(self._head, {}), "choices": [], "usage": openai.usage(self._reply)}]
+        return [end, {**chat_openai.chunk(self._head, {}), "choices": [], "usage": chat_openai.usage(self._reply)}]
 
 
 def _head(deps: Services, reply: Reply) -> dict[str, Any]:
     created = int(deps.clock().timestamp())
-    return openai.head(reply, f"chatcmpl-{secrets.token_hex(12)}", created, deps.base())
+    return chat_openai.head(reply, f"chatcmpl-{secrets.token_hex(12)}", created, deps.base())
 
 
 def _headers(reply: Reply) -> dict[str, str]:

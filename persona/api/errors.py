@@ -8,11 +8,11 @@ import secrets
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import structlog
 from aiohttp import web
 
+from persona import chat_openai
 from persona.api.services import CALLER, services
 from persona.errors import Busy, NotFound, PersonaError, StorageFull
 
@@ -43,13 +43,6 @@ async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     return response
 
 
-def body(error: PersonaError) -> dict[str, Any]:
-    """OpenAI's error object."""
-    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error")
-    kind = "server_error" if error.status >= 500 else kind
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
-
-
 def unexpected(request: web.Request, error: Exception) -> PersonaError:
     """Log an error that is our own fault, and what the client hears of it."""
     place = traceback.extract_tb(error.__traceback__)[-1:]
@@ -61,7 +54,7 @@ def unexpected(request: web.Request, error: Exception) -> PersonaError:
 def refusal(error: PersonaError) -> web.Response:
     """The response to a request that cannot be met."""
     status = _STATUS.get(error.code, error.status)
-    response = web.json_response(body(error), status=status)
+    response = web.json_response(chat_openai.error_body(error), status=status)
     if isinstance(error, Busy):
         response.headers["Retry-After"] = str(error.retry_after)
     elif isinstance(error, StorageFull):

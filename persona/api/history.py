@@ -17,6 +17,7 @@ from persona.api.services import Services, caller, services
 from persona.domain import EntryId, Line, Role, User
 from persona.engine.protocol import ref
 from persona.errors import AdapterError, Busy, EngineDown, RequestError, Unprocessable
+from persona.wire import decode, dumps
 from storage.history import ImportItem
 
 MAX_PAGE = 1000
@@ -47,7 +48,7 @@ async def page(request: web.Request) -> web.Response:
     found = await deps.history.page(user.id, after=EntryId(after), limit=limit)
     following = found[-1].id if len(found) == limit else None
     answer = {"object": "list", "data": [views.entry(entry) for entry in found], "next": following}
-    return web.json_response(answer, dumps=bodies.dumps)
+    return web.json_response(answer, dumps=dumps)
 
 
 async def add(request: web.Request) -> web.Response:
@@ -113,7 +114,7 @@ async def _wire_items(request: web.Request) -> AsyncIterator[WireItem]:
     if request.content_type == "application/json":
         content = await bodies.read(request)
         if content.lstrip()[:1] == b"[":
-            for wire in bodies.decode(content, list[WireItem]):
+            for wire in decode(content, list[WireItem]):
                 yield wire
             return
         for number, line in enumerate(filter(bytes.strip, content.splitlines()), 1):
@@ -127,7 +128,7 @@ async def _wire_items(request: web.Request) -> AsyncIterator[WireItem]:
 
 def _line(number: int, line: bytes) -> WireItem:
     try:
-        return bodies.decode(line, WireItem)
+        return decode(line, WireItem)
     except RequestError as error:
         raise Unprocessable(f"Line {number}: {error.message}", param=error.param) from None
 

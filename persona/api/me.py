@@ -6,10 +6,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from persona.api import bodies, openai, views
+from persona import chat_openai
+from persona.api import bodies, views
 from persona.api.services import Services, caller, services
 from persona.domain import EntryId, Run, User, Version
 from persona.errors import NotFound, RequestError
+from persona.wire import dumps
 
 RATINGS = (-1, 0, 1)
 MAX_WAIT = 600.0
@@ -26,7 +28,7 @@ class Feedback(msgspec.Struct):
 class Question(msgspec.Struct):
     """Why would you answer this so (messages), or what did that run learn from (run)?"""
 
-    messages: list[openai.WireMessage] | None = None
+    messages: list[chat_openai.WireMessage] | None = None
     model: str = "persona"
     max_tokens: int | None = None
     store: bool | None = None
@@ -61,7 +63,7 @@ async def feedback(request: web.Request) -> web.Response:
         raise RequestError("Send a rating, a correction or both.", param="rating")
     turn = EntryId(_identity(wire.turn))
     entry = await services(request).history.feedback(caller(request).user.id, turn, wire.rating, wire.correction)
-    return web.json_response(views.entry(entry), dumps=bodies.dumps)
+    return web.json_response(views.entry(entry), dumps=dumps)
 
 
 async def why(request: web.Request) -> web.Response:
@@ -73,11 +75,11 @@ async def why(request: web.Request) -> web.Response:
         return web.json_response({"run": views.run(run), "examples": examples})
     if wire.messages is None:
         raise RequestError("Send the messages of a chat, or the id of a run.", param="messages")
-    completion = openai.Completion(
+    completion = chat_openai.Completion(
         wire.model, wire.messages, max_tokens=wire.max_tokens, store=wire.store, metadata=wire.metadata
     )
-    sheet = await deps.chat.why(who, openai.understand(completion, deps.settings.prompt.max_reply_tokens))
-    return web.json_response(views.sheet(sheet), dumps=bodies.dumps)
+    sheet = await deps.chat.why(who, chat_openai.understand(completion, deps.settings.prompt.max_reply_tokens))
+    return web.json_response(views.sheet(sheet), dumps=dumps)
 
 
 async def runs(request: web.Request) -> web.Response:

@@ -16,10 +16,11 @@ from hypothesis import settings as rules
 from hypothesis import strategies as st
 from live import Live, Start
 
-from persona.api import bodies, openai
+from persona import chat_openai
 from persona.domain import Role
 from persona.engine.scripted import ScriptedEngine
 from persona.errors import RequestError
+from persona.wire import decode
 
 HI: dict[str, Any] = {"model": "persona", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -336,13 +337,13 @@ VALUES = st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leave
 def test_threat_16_any_extra_fields_are_ignored(extra: dict[str, Any]) -> None:
     extra = {f"x-{name}": value for name, value in extra.items()}
     body = msgspec.json.encode({**extra, **HI})
-    ask = openai.understand(msgspec.json.decode(body, type=openai.Completion), 100)
-    assert ask == openai.understand(msgspec.json.decode(msgspec.json.encode(HI), type=openai.Completion), 100)
+    ask = chat_openai.understand(msgspec.json.decode(body, type=chat_openai.Completion), 100)
+    assert ask == chat_openai.understand(msgspec.json.decode(msgspec.json.encode(HI), type=chat_openai.Completion), 100)
 
 
-@given(st.sampled_from(sorted(openai.Completion.__struct_fields__)), VALUES)
+@given(st.sampled_from(sorted(chat_openai.Completion.__struct_fields__)), VALUES)
 def test_threat_16_any_value_of_a_known_field_is_taken_or_refused_by_name(name: str, value: Any) -> None:
     body = msgspec.json.encode({**HI, name: value})
     with contextlib.suppress(RequestError):
-        ask = openai.understand(bodies.decode(body, openai.Completion), 100)
+        ask = chat_openai.understand(decode(body, chat_openai.Completion), 100)
         assert ask.messages[-1].role is Role.USER

@@ -12,7 +12,7 @@ from persona.chat import UNKNOWN_MODEL, require_question
 from persona.chat_reply import Ask, Reply
 from persona.domain import Finish, Message, Role
 from persona.engine.protocol import Sampling
-from persona.errors import NotFound, RequestError, TooLarge
+from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
 DEFAULT_TEMPERATURE = 0.7  # a small model wanders at OpenAI's 1.0
 MAX_MESSAGES = 4096
@@ -158,6 +158,13 @@ def about(reply: Reply) -> dict[str, Any]:
         "recorded": reply.recorded,
         "finish": reply.finish,
     }
+
+
+def error_body(error: PersonaError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error")
+    kind = "server_error" if error.status >= 500 else kind
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def _refuse_unserved(wire: Completion) -> None:
