@@ -56,6 +56,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python && $(BIN)/python -m pip -V >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV) >/dev/null || \
 		{ echo "$(PYTHON) cannot make a virtual environment: install its venv package (Debian: python3-venv) and try again." >&2; exit 1; }
 	@echo "Installing persona and its dependencies into $(VENV): minutes the first time, seconds later."
-	@$(BIN)/python -m pip install --disable-pip-version-check --retries 2 -c constraints.txt -e '.[dev]' '$(or $(TORCH_$(TORCH)),torch)' \
+	@$(BIN)/python -m pip install --disable-pip-version-check --retries 2 -c constraints.txt -e '.[demo,dev]' '$(or $(TORCH_$(TORCH)),torch)' \
 		2>$(VENV)/install.log || { $(EXPLAIN); exit 1; }
 	@rm -f $(VENV)/.installed-* && touch $@

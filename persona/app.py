@@ -18,7 +18,7 @@ from aiohttp import web
 
 from jobs.finetune import Finetune
 from jobs.schedule import Schedule
-from persona import logs
+from persona import app_mqtt, logs
 from persona.api import connections
 from persona.api.archive import PREFIX as EXPORT_PREFIX
 from persona.api.connections import BoundedSite
@@ -33,9 +33,13 @@ from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
 from persona.engine.text import Text
 from persona.errors import ConfigurationError, ModelError
+from persona.events import Intake
+from persona.ingest.broker import Account
+from persona.ingest.mqtt import Mqtt
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.database import Database
+from storage.events import Events
 from storage.history import History
 from storage.runs import Runs
 from storage.users import Users
@@ -54,6 +58,8 @@ class House:
 
     services: Services
     url: str
+    mqtt: Mqtt | None = None
+    broker: Account | None = None  # the embedded one
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,10 @@ async def build(
         stack.push_async_callback(schedule.stop)
         await schedule.start()
         site = await _listen(stack, services)
-        yield House(services, site.name)
+        mqtt, account = None, None
+        if settings.mqtt.enabled:
+            mqtt, account = await stack.enter_async_context(app_mqtt.running(services))
+        yield House(services, site.name, mqtt, account)
 
 
 @contextmanager
@@ -174,7 +183,7 @@ async def _services(
     engine, tokenizer = serving.engine, serving.tokenizer
     health = await engine.health()  # base and context stay as they are while the service runs
     context = min(settings.engine.context, health.context)
-    users, history, runs = Users(database), History(database), Runs(database)
+    users, history, runs, events = Users(database), History(database), Runs(database), Events(database)
     adapters = Adapters(database, settings.adapters)
 
     def base() -> str:
@@ -182,6 +191,8 @@ async def _services(
 
     finetune = Finetune(settings, users, history, adapters, runs, engine, tokenizer, base, clock)
     schedule = Schedule(settings, users, history, adapters, runs, finetune, clock)
+    intake = Intake(settings.mqtt, users, events, tokenizer, clock)
+    database.on_removed(intake.removed)
     services = Services(
         settings=settings,
         database=database,
@@ -189,9 +200,11 @@ async def _services(
         history=history,
         adapters=adapters,
         runs=runs,
+        events=events,
+        intake=intake,
         engine=engine,
         tokenizer=tokenizer,
-        chat=Chat(settings, history, adapters, engine, tokenizer, clock, lambda: context, base),
+        chat=Chat(settings, history, events, adapters, engine, tokenizer, clock, lambda: context, base),
         finetune=finetune,
         schedule=schedule,
         clock=clock,

@@ -6,7 +6,7 @@ when the reply ends, however it ends, and a reply stays on one version from its 
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from typing import cast
@@ -16,12 +16,25 @@ import structlog
 from persona import frames
 from persona import prompt as prompts
 from persona.chat_reply import Ask, Reply, Sheet, Voice
-from persona.domain import Caller, ChatTokenizer, Entry, EntryId, Finish, Message, Role, User, Version, VersionState
+from persona.domain import (
+    Caller,
+    ChatTokenizer,
+    Entry,
+    EntryId,
+    Fact,
+    Finish,
+    Message,
+    Role,
+    User,
+    Version,
+    VersionState,
+)
 from persona.engine.faces import Serving
 from persona.engine.protocol import Chunk, GenerateRequest, Sampling, ref
 from persona.errors import AdapterError, Busy, EngineDown, NotFound, RequestError, StorageFull, TooLarge
 from persona.settings import Settings
 from storage.adapters import Adapters
+from storage.events import Events
 from storage.history import History, Placement
 
 log = structlog.get_logger()
@@ -29,6 +42,7 @@ log = structlog.get_logger()
 UNKNOWN_MODEL = "This model does not exist, or is not yours; GET /v1/models lists those that you may use."
 _NUMBERED = re.compile(r"persona@([1-9][0-9]{0,8})")
 _RECENT_ENTRIES = 512  # unabsorbed entries that are read at most; the token budget is far below it
+_FACTS = 500  # facts, and states, that are looked at: the newest
 _QUERY_CHARS = 2000  # of the last message that the search looks at
 _DEFAULT_RESERVE = 256  # tokens kept free for a reply that names no max_tokens
 
@@ -53,6 +67,7 @@ class Chat:
         self,
         settings: Settings,
         history: History,
+        events: Events,
         adapters: Adapters,
         engine: Serving,
         tokenizer: ChatTokenizer,
@@ -62,6 +77,7 @@ class Chat:
     ) -> None:
         self._settings = settings
         self._history = history
+        self._events = events
         self._adapters = adapters
         self._engine = engine
         self._tokenizer = tokenizer
@@ -174,16 +190,21 @@ class Chat:
             return await self._compose(ask, voice)
         watermark = voice.version.watermark if voice.version else EntryId(0)
         recent = await self._history.recent(user.id, watermark, exclude=placement.known, limit=_RECENT_ENTRIES)
-        # A draft's last message is what others said, as in its training: nothing is put in front of it.
-        retrieved = [] if voice.name == "me" else await self._retrieve(user, ask, placement)
-        return await self._compose(ask, voice, _elsewhere(recent, placement), _elsewhere(retrieved, placement))
+        facts = await self._events.facts(user.id, "fact", limit=_FACTS)
+        if voice.name == "me":  # its last message is what others said, as in training: nothing is put in front of it
+            return await self._compose(ask, voice, _elsewhere(recent, placement), facts=facts)
+        retrieved = await self._retrieve(user, ask, placement)
+        states = prompts.relevant(await self._events.facts(user.id, "state", limit=_FACTS), _question(ask))
+        return await self._compose(
+            ask, voice, _elsewhere(recent, placement), _elsewhere(retrieved, placement), facts, states
+        )
 
     async def _retrieve(self, user: User, ask: Ask, placement: Placement) -> list[Entry]:
         limits = self._settings.prompt
         if not limits.retrieved_entries or not limits.retrieved_tokens:
             return []
-        query = ask.messages[-1].text[:_QUERY_CHARS]
-        return await self._history.search(user.id, query, limit=limits.retrieved_entries, exclude=placement.known)
+        limit = limits.retrieved_entries
+        return await self._history.search(user.id, _question(ask), limit=limit, exclude=placement.known)
 
     async def _check_fit(self, ask: Ask, voice: Voice) -> None:
         """Refuse what cannot fit before anything is stored. A token has at least a byte: what is short surely fits."""
@@ -192,17 +213,31 @@ class Chat:
             await self._compose(ask, voice)
 
     async def _compose(
-        self, ask: Ask, voice: Voice, recent: list[Entry] | None = None, retrieved: list[Entry] | None = None
+        self,
+        ask: Ask,
+        voice: Voice,
+        recent: Sequence[Entry] = (),
+        retrieved: Sequence[Entry] = (),
+        facts: Sequence[Fact] = (),
+        states: Sequence[Fact] = (),
     ) -> prompts.Prompt:
         limits = self._settings.prompt
         return await asyncio.to_thread(
             prompts.compose,
             system=voice.system,
-            recent=recent or [],
+            recent=recent,
             conversation=ask.messages,
-            retrieved=retrieved or [],
+            retrieved=retrieved,
             tokenizer=self._tokenizer,
-            budget=prompts.Budget(self._room(ask), limits.recent_tokens, limits.retrieved_tokens),
+            budget=prompts.Budget(
+                self._room(ask),
+                limits.recent_tokens,
+                limits.retrieved_tokens,
+                limits.facts_tokens,
+                limits.states_tokens,
+            ),
+            facts=facts,
+            states=states,
         )
 
     def _room(self, ask: Ask) -> int:
@@ -305,6 +340,11 @@ class Chat:
 def _elsewhere(entries: list[Entry], placement: Placement) -> list[Entry]:
     """Without earlier replies to the very turn that is answered again: a new reply shall not lean on them."""
     return [entry for entry in entries if placement.tail is None or entry.parent != placement.tail]
+
+
+def _question(ask: Ask) -> str:
+    """What entries and states are looked for by."""
+    return ask.messages[-1].text[:_QUERY_CHARS]
 
 
 def is_task(messages: tuple[Message, ...]) -> bool:

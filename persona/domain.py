@@ -125,6 +125,16 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Fact:
+    """The newest value of one key, told by an event; None: taken back."""
+
+    kind: str  # fact or state
+    key: str
+    value: str | None
+    ts: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message of a request, already plain text."""
 

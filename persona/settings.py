@@ -54,12 +54,44 @@ class Engine(Section):
     start_seconds: float = Field(300.0, gt=0, description="longest time loading the model may take")
 
 
+class Mqtt(Section):
+    enabled: bool = Field(False, description="take in events and answer chats over MQTT")
+    embedded: bool = Field(False, description="run a broker of our own on the loopback: for demos only")
+    host: str = Field("127.0.0.1", description="address of the broker")
+    port: int = Field(1883, ge=0, le=65535, description="its TCP port; 0, for the embedded broker: a free one")
+    username: str = Field("", description="name at the broker; empty: none")
+    password_file: str = Field(
+        "", description="file that holds the password; empty: the credential mqtt-password of systemd, or none"
+    )
+    tls: bool = Field(False, description="encrypt the connection; port is usually 8883 then")
+    ca_file: str = Field("", description="certificates that the broker's is checked by; empty: the system's")
+    cert_file: str = Field("", description="certificate with which persona shows who it is")
+    key_file: str = Field("", description="key of cert_file")
+    version: Literal["5", "3.1.1"] = Field("5", description="version of the protocol")
+    prefix: str = Field("persona", description="first part of every topic")
+    discovery: bool = Field(True, description="announce users and the service to Home Assistant")
+    discovery_prefix: str = Field("homeassistant", description="first part of Home Assistant's discovery topics")
+    window: int = Field(500, ge=1, le=5000, description="messages that the broker may send before we acknowledge")
+    qos0_waiting: int = Field(
+        10_000, ge=1, description="waiting messages of QoS 0 above which more of them are counted and dropped"
+    )
+    max_payload: int = Field(65_536, ge=256, description="largest payload in bytes; the broker has a limit of its own")
+    events_per_second: float = Field(100.0, gt=0, description="events that a user may send in the long run")
+    burst: int = Field(20_000, ge=1, description="events that a user may send at once, say after an outage")
+    kept_payloads: int = Field(100, ge=0, description="payloads of dead letters kept per user, reason and minute")
+    keep_days: float = Field(30.0, gt=0, description="days after which dead letters and receipts of events are removed")
+    keepalive_seconds: int = Field(30, ge=5, le=3600, description="silence after which the broker is asked for a sign")
+    state_seconds: float = Field(30.0, gt=0, description="how often changed states are published")
+
+
 class Prompt(Section):
     system: str = Field(
         "You are a helpful assistant who knows the user well.", description="system text of the persona model"
     )
     recent_tokens: int = Field(512, ge=0, description="budget for history that the adapter has not absorbed")
     retrieved_tokens: int = Field(256, ge=0, description="budget for entries found by search")
+    facts_tokens: int = Field(128, ge=0, description="budget for what is known of the user")
+    states_tokens: int = Field(128, ge=0, description="budget for the states of the user's devices")
     retrieved_entries: int = Field(4, ge=0, description="entries found by search, at most")
     max_reply_tokens: int = Field(1024, ge=1, description="upper bound of max_tokens")
 
@@ -102,6 +134,7 @@ class Settings(Section):
     http: Http = Http()
     model: Model = Model()
     engine: Engine = Engine()
+    mqtt: Mqtt = Mqtt()
     prompt: Prompt = Prompt()
     learning: Learning = Learning()
     log: Log = Log()
@@ -121,6 +154,11 @@ class Settings(Section):
     @property
     def admin_socket(self) -> Path:
         return self.run_dir / "admin.sock"
+
+    @property
+    def mqtt_client(self) -> Path:
+        """Holds the name under which the broker keeps our session."""
+        return self.home / "mqtt-client"
 
     @property
     def engine_socket(self) -> Path:
@@ -208,6 +246,7 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] != "extra_forbidden":
         return f"The setting {name} is wrong: {first['msg']}."
     known = [option for option, _, _ in options()]
-    near = difflib.get_close_matches(name, known + sorted({k.split(".")[0] for k in known}), n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else "; configs/persona.toml lists every setting."
+    near = [option for option in known if option.endswith(f".{name}")]  # without its section
+    near = near or difflib.get_close_matches(name, known + sorted({k.split(".")[0] for k in known}), n=1, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; configs/persona.toml lists every setting."
     return f"There is no setting {name}{hint}"

@@ -16,13 +16,14 @@ from storage import database, identity, imports, lineage, ranking, turns, words
 from storage.database import Database, Transaction
 from storage.identity import Turn
 from storage.imports import ImportItem
-from storage.tables import deletions, entries, users
+from storage.tables import deletions, entries, events, users
 
 __all__ = ["History", "ImportItem", "Placement"]
 
 _OWN = (Origin.CHAT, Origin.IMPORT, Origin.EVENT)
 _START = EntryId(0)
 _MOST_FOUND = 1000
+_HAPPENED = 16  # events of devices among recent entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +109,16 @@ class History:
         return await self._all(query)
 
     async def recent(self, user_id: UserId, after: EntryId, *, exclude: Collection[EntryId], limit: int) -> list[Entry]:
-        """The newest `limit` entries after `after` that are not excluded, oldest first."""
+        """The newest `limit` entries after `after` that are not excluded, oldest first.
+
+        Of what merely happened (events that are nobody's words) only the newest few: a chatty device must not crowd out
+        what was said.
+        """
         query = _mine(user_id).where(entries.c.id > after).order_by(entries.c.id.desc())
-        found = await self._all(query.limit(limit + len(exclude)))
-        return _without(found, exclude, limit)[::-1]
+        said = await self._all(query.where(entries.c.role != Role.TOOL).limit(limit + len(exclude)))
+        happened = await self._all(query.where(entries.c.role == Role.TOOL).limit(_HAPPENED))
+        found = sorted([*_without(said, exclude, limit), *happened], key=lambda entry: entry.id)
+        return found[-limit:] if limit else []
 
     async def conversation(self, user_id: UserId, tail: EntryId) -> list[Entry]:
         """The turns that lead to `tail`, and it, in order."""
@@ -289,6 +296,8 @@ async def _remove(connection: Transaction, row: sa.Row[Any]) -> None:
     """Delete one entry: what followed it follows its parent now, and its hashes stay to recognise it."""
     await database.unindex(connection, sa.select(entries.c.id).where(entries.c.id == row.id))
     await connection.execute(sa.update(entries).where(entries.c.parent == row.id).values(parent=row.parent))
+    became = (events.c.user_id == row.user_id) & (events.c.entry_id == row.id)
+    await connection.execute(sa.update(events).where(became).values(entry_id=None))
     await connection.execute(sa.delete(entries).where(entries.c.id == row.id))
     for digest in {row.chain, row.item} - {None}:
         mine = {"user_id": row.user_id, "digest": digest}

@@ -1,7 +1,7 @@
 """The tables of the database, as the code sees them.
 
 Ids of users, entries and runs are never given twice, so that a cache, a watermark or a file name can never come to
-mean something else. Times are stored in UTC and come back aware. The first revision in migrations/ makes the same
+mean something else. Times are stored in UTC and come back aware. The revisions in migrations/ make the same
 tables; a test compares the two.
 """
 
@@ -150,6 +150,84 @@ run_examples = sa.Table(
 )
 sa.Index("run_examples_of_run", run_examples.c.run_id)
 sa.Index("run_examples_of_entry", run_examples.c.entry_id)
+
+# What arrived over MQTT or as an event over HTTP: one row each, without its content, so that none counts twice.
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    _user(),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("source", sa.String, nullable=False),  # "" if it named none
+    sa.Column("item", sa.LargeBinary),  # names the event; NULL without id and time
+    sa.Column("seq", sa.Integer),
+    sa.Column("ts", Utc, nullable=False),
+    sa.Column("received", Utc, nullable=False),
+    sa.Column("entry_id", sa.Integer),  # the entry that it became, while that lasts
+    sa.UniqueConstraint("user_id", "item", name="events_item"),
+    **NEVER_REUSED,
+)
+sa.Index("events_of_user", events.c.user_id, events.c.id)
+sa.Index("events_received", events.c.received)
+
+# The newest value of each key.
+facts = sa.Table(
+    "facts",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    _user(),
+    sa.Column("kind", sa.String, nullable=False),  # fact or state
+    sa.Column("key", sa.String, nullable=False),
+    sa.Column("value", sa.Text),  # NULL: taken back; the row keeps an older value from returning
+    sa.Column("ts", Utc, nullable=False),
+    sa.UniqueConstraint("user_id", "kind", "key", name="facts_key"),
+    **NEVER_REUSED,
+)
+
+# Sequence numbers by source, to notice what never arrived.
+sources = sa.Table(
+    "sources",
+    metadata,
+    _user(),
+    sa.Column("source", sa.String, nullable=False),
+    sa.Column("last_seq", sa.Integer),
+    sa.Column("missing", sa.Integer, nullable=False),
+    sa.Column("events", sa.Integer, nullable=False),
+    sa.Column("duplicates", sa.Integer, nullable=False),
+    sa.Column("last", Utc, nullable=False),
+    sa.PrimaryKeyConstraint("user_id", "source"),
+)
+
+# Messages that name neither id nor time, to recognise the newest ones when the broker delivers them again.
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("user_id", sa.Integer),  # NULL: no user of ours
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    **NEVER_REUSED,
+)
+sa.Index("deliveries_digest", deliveries.c.digest)
+
+dead_letters = sa.Table(
+    "dead_letters",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("user_id", sa.Integer, sa.ForeignKey("users.id")),  # NULL: the topic names no user of ours
+    sa.Column("name", sa.String, nullable=False),  # the user that the topic names
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("source", sa.String, nullable=False),
+    sa.Column("reason", sa.String, nullable=False),
+    sa.Column("detail", sa.String, nullable=False),  # one sentence
+    sa.Column("payload", sa.LargeBinary),  # NULL: not kept
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("minute", Utc, nullable=False),
+    sa.Column("first", Utc, nullable=False),
+    sa.Column("last", Utc, nullable=False),
+    **NEVER_REUSED,
+)
+sa.Index("dead_letters_of_user", dead_letters.c.user_id, dead_letters.c.id)
+sa.Index("dead_letters_group", dead_letters.c.minute, dead_letters.c.name, dead_letters.c.reason)
 
 tombstones = sa.Table(
     "tombstones",

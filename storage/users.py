@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,9 +17,10 @@ import sqlalchemy as sa
 
 from persona.domain import Caller, User, UserId
 from persona.errors import Busy, NotFound, RequestError, StorageFull
-from storage import database
+from storage import database, events
 from storage.database import Database, Transaction
 from storage.tables import backups, deletions, entries, keys, run_examples, runs, tombstones, users, versions
+from storage.whole import in_thread
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TOUCH = timedelta(minutes=1)
@@ -67,6 +68,12 @@ class Users:
     async def get(self, name: str) -> User | None:
         async with self._db.read() as connection:
             return await _find(connection, users.c.name == name)
+
+    async def named(self, names: Iterable[str]) -> list[User]:
+        """Those of the names that are users."""
+        async with self._db.read() as connection:
+            found = await connection.execute(sa.select(users).where(users.c.name.in_(list(names))))
+            return [_user(row) for row in found]
 
     async def by_id(self, user_id: UserId) -> User | None:
         async with self._db.read() as connection:
@@ -129,7 +136,7 @@ class Users:
             user = await _find(connection, users.c.id == user_id)
             if user is None:
                 raise NotFound("There is no such user.")
-            receipt: dict[str, Any] = await _erase(connection, user_id)
+            receipt: dict[str, Any] = await _erase(connection, user)
             receipt["backups"] = await _holding(connection, user.created)
             salt = secrets.token_bytes(16)
             stone = {"salt": salt, "digest": _salted(salt, user.name), "created": self._clock()}
@@ -145,7 +152,7 @@ class Users:
             if await _find(connection, users.c.name == name):
                 return False
             stones = (await connection.execute(sa.select(tombstones.c.salt, tombstones.c.digest))).all()
-        return any(hmac.compare_digest(stone.digest, _salted(stone.salt, name)) for stone in stones)
+        return await in_thread(lambda: any(hmac.compare_digest(s.digest, _salted(s.salt, name)) for s in stones))
 
     async def _touch(self, key_id: int) -> None:
         """Note the use of a key; a full or locked disk must not lock the user out."""
@@ -173,8 +180,9 @@ async def _find(connection: Transaction, where: sa.ColumnElement[bool]) -> User 
     return _user(row) if row else None
 
 
-async def _erase(connection: Transaction, user_id: UserId) -> dict[str, Any]:
+async def _erase(connection: Transaction, user: User) -> dict[str, Any]:
     """Delete the user's rows, children before parents; counts by table."""
+    user_id = user.id
     mine = sa.select(entries.c.id).where(entries.c.user_id == user_id)
     await database.unindex(connection, mine)
     await connection.execute(sa.update(entries).where(entries.c.user_id == user_id).values(parent=None))
@@ -182,8 +190,9 @@ async def _erase(connection: Transaction, user_id: UserId) -> dict[str, Any]:
     counts = {"run_examples": (await connection.execute(sa.delete(run_examples).where(of_runs))).rowcount}
     for table in (versions, runs, entries, deletions, keys):
         counts[table.name] = (await connection.execute(sa.delete(table).where(table.c.user_id == user_id))).rowcount
+    arrived = await events.forget(connection, user_id, user.name)
     await connection.execute(sa.delete(users).where(users.c.id == user_id))
-    return {**counts, "users": 1}
+    return {**counts, **arrived, "users": 1}
 
 
 async def _holding(connection: Transaction, since: datetime) -> list[dict[str, str]]:

@@ -20,6 +20,7 @@ from persona.frames import DRAFT_SYSTEM
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.database import Database
+from storage.events import Events
 from storage.history import History
 from storage.users import Users
 
@@ -108,7 +109,7 @@ def room(tmp_path: Path) -> Open:
             adapters = Adapters(database, settings.adapters)
             user = await users.add("ann")
             text = ScriptedText()
-            chat = Chat(settings, history, adapters, engine, text, lambda: NOW, lambda: context, lambda: BASE)
+            chat = Chat(settings, history, Events(database), adapters, engine, text, lambda: NOW, lambda: context, lambda: BASE)
             yield Room(chat, engine, history, adapters, database, Caller(user, 1, learn=True))
             await chat.drain(0)
         finally:

@@ -106,9 +106,9 @@ def test_found_entries_need_a_user_message_to_stand_in() -> None:
 
 
 def test_days_stand_once_and_events_are_named() -> None:
-    lately = [entry(1, "a"), entry(2, "b", Role.ASSISTANT), entry(3, "on", origin=Origin.EVENT, hours=24)]
+    lately = [entry(1, "a"), entry(2, "b", Role.ASSISTANT), entry(3, "on", Role.TOOL, origin=Origin.EVENT, hours=24)]
     lines = compose([user("Hi")], lately).messages[0].text.splitlines()
-    assert lines[3:] == ["2026-03-01", 'user: "a"', 'assistant: "b"', "2026-03-02", 'event: "on"']
+    assert lines[3:] == ["2026-03-01", 'user: "a"', 'assistant: "b"', "2026-03-02", 'event c: "on"']
 
 
 def test_new_entries_are_appended_so_that_the_prefix_stays() -> None:

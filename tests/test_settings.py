@@ -56,7 +56,7 @@ def test_a_port_may_lie_on_either_edge(port: str) -> None:
         ({"PERSONA_HTTP__PROT": "1"}, "did you mean http.port?"),
         ({"PERSONA_LEARNING__LEARNINGRATE": "1"}, "did you mean learning.learning_rate?"),
         ({"PERSONA_HTPP__PORT": "1"}, "did you mean http"),
-        ({"PERSONA_PORT": "1"}, "did you mean http.port?"),
+        ({"PERSONA_PORT": "1"}, "did you mean http.port or mqtt.port?"),
         ({"PERSONA_QQ__ZZ": "1"}, "configs/persona.toml lists every setting"),
     ],
 )

@@ -16,9 +16,11 @@ from persona.chat import Chat
 from persona.domain import Caller, ChatTokenizer, Run, UserId
 from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
+from persona.events import Intake
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.database import Database
+from storage.events import Events
 from storage.history import History
 from storage.runs import Runs
 from storage.users import Users
@@ -50,6 +52,8 @@ class Services:
     history: History
     adapters: Adapters
     runs: Runs
+    events: Events
+    intake: Intake
     engine: Engine
     tokenizer: ChatTokenizer
     chat: Chat

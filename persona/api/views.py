@@ -103,7 +103,7 @@ def sheet(one: Sheet) -> dict[str, Any]:
 
 
 def _used(one: Used) -> dict[str, Any]:
-    return {"entry": one.entry_id, "part": one.part, "tokens": one.tokens}
+    return {"entry": one.entry_id, "key": one.key, "part": one.part, "tokens": one.tokens}
 
 
 def _progress(one: Progress) -> dict[str, Any]:

@@ -1,0 +1,252 @@
+"""What happens to a batch of messages: read, matched to users, kept within their share, stored or refused.
+
+Whatever is wrong with a message, it becomes a dead letter and the others of its batch are stored. Only a full or busy
+disk raises: then nothing of the batch has happened, and it may be brought again.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+import structlog
+
+from persona import event
+from persona.domain import ChatTokenizer, User, UserId
+from persona.errors import NotFound, PersonaError, RequestError
+from persona.event import Event, Happening, Reason, Refused, Words
+from persona.settings import Mqtt
+from storage.events import Arrived, Events, Letter, Outcome
+from storage.users import Users
+
+log = structlog.get_logger()
+
+# What may be stored later, when its cause is mended. Of the rest the payload says nothing that the reason does not.
+_REPLAYABLE = frozenset(Reason) - {Reason.RETAINED, Reason.RATE, Reason.TOO_LARGE, Reason.NOT_RECORDED}
+_STRANGERS = 1024  # names that were looked up in vain and are not looked up again for a while
+_STRANGE_SECONDS = 60.0
+_BUCKETS = 4096  # users whose share is remembered
+_REPLAYED = 500  # dead letters in one replay
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message as it arrived for the user whom its topic names, under the kind of event that it names.
+
+    again: the broker may have delivered it before · mark: recognises it then · size: of the payload as it was sent.
+    """
+
+    user: str
+    kind: str
+    payload: bytes
+    retained: bool = False
+    again: bool = False
+    mark: bytes | None = None
+    size: int = 0
+
+    @property
+    def digest(self) -> bytes | None:
+        """Equal for this message and its repetition."""
+        if self.mark is None:
+            return None
+        return hashlib.sha256(b"\0".join((self.mark, self.user.encode(), self.kind.encode(), self.payload))).digest()
+
+
+class Share:
+    """How many events each user may still send: a bucket of `burst` that fills at `rate` a second."""
+
+    def __init__(self, rate: float, burst: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._burst, self._now = rate, burst, now
+        self._buckets: dict[str, tuple[float, float]] = {}  # what is left, and when that was
+
+    def take(self, user: str) -> bool:
+        """One event; False if the user has used the share up."""
+        now = self._now()
+        left, then = self._buckets.pop(user, (float(self._burst), now))
+        left = min(self._burst, left + (now - then) * self._rate)
+        while len(self._buckets) >= _BUCKETS:
+            del self._buckets[next(iter(self._buckets))]  # who was longest silent, and so has most of it back
+        self._buckets[user] = (left - 1 if left >= 1 else left), now
+        return left >= 1
+
+
+class Intake:
+    """Takes events in, from any surface. `counts` says what became of them since the start, by outcome and reason."""
+
+    def __init__(
+        self, settings: Mqtt, users: Users, events: Events, tokenizer: ChatTokenizer, clock: Callable[[], datetime]
+    ) -> None:
+        self._settings = settings
+        self._users = users
+        self._events = events
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._share = Share(settings.events_per_second, settings.burst)
+        self._strangers: dict[str, tuple[Reason, float]] = {}
+        self.counts: Counter[str] = Counter()
+
+    async def removed(self, user_id: UserId, numbers: Sequence[int] | None) -> None:
+        """Somebody may have been forgotten: from now on their name means that."""
+        self._strangers.clear()
+
+    async def accept(self, deliveries: Sequence[Delivery]) -> list[Outcome]:
+        """Store a batch in its order; what became of each. Raises StorageFull or Busy, and nothing has happened."""
+        now = self._clock()
+        people = await self._people(deliveries)
+        arrived = await asyncio.to_thread(lambda: [self._arrived(one, people, now) for one in deliveries])
+        try:
+            outcomes = await self._store(arrived, now)
+        except PersonaError:
+            raise
+        except Exception as error:
+            log.error("batch of events failed", events=len(arrived), kind=type(error).__name__)
+            outcomes = [await self._alone(one, now) for one in arrived]
+        self._count(arrived, outcomes)
+        return outcomes
+
+    async def shed(self, dropped: Counter[str]) -> None:
+        """Note messages of QoS 0, by user, that found no room to wait."""
+        if not dropped:
+            return
+        now = self._clock()
+        people = await self._found(dropped)
+        letters = [await self._shed(name, count, people.get(name), now) for name, count in dropped.items()]
+        await self._store([Arrived(letter.user_id, letter) for letter in letters], now)
+        self.counts["dead"] += dropped.total()
+        self.counts[Reason.OVERFLOW] += dropped.total()
+
+    async def _shed(self, name: str, count: int, user: User | None, now: datetime) -> Letter:
+        if user is None and await self.stranger(name) is Reason.FORGOTTEN:
+            return replace(Letter.anonymous(Reason.FORGOTTEN, now), count=count)
+        sentence = "More messages of QoS 0 were waiting than mqtt.qos0_waiting allows."
+        return Letter(user.id if user else None, name, "", "", Reason.OVERFLOW, sentence, None, now, count)
+
+    async def send(self, user: User, kind: str, payload: bytes) -> Outcome:
+        """One event of a user who is known, as over HTTP. Raises RequestError in place of a dead letter."""
+        if not self._share.take(user.name):
+            raise RequestError("This user sends more events than mqtt.events_per_second allows.", code="rate_limited")
+        now = self._clock()
+        try:
+            one = self._event(user, kind, payload, now)
+        except Refused as refusal:
+            raise RequestError(refusal.detail, code=refusal.reason) from None
+        arrived = [Arrived(user.id, one, user.name, payload)]
+        outcome = (await self._events.store(arrived, count=self._tokens, now=now, kept=None))[0]
+        self._count(arrived, [outcome])
+        if outcome is Outcome.DEAD:
+            raise NotFound("There is no such reply of this user.", code=Reason.UNKNOWN_TURN)
+        return outcome
+
+    async def replay(self, letters: Sequence[Letter]) -> Counter[str]:
+        """Try dead letters again: what is stored now, or known already, leaves the dead. Counts by outcome.
+
+        Letters without a payload stay: there is nothing to replay.
+        """
+        whole = [letter for letter in letters if letter.payload is not None][:_REPLAYED]
+        now = self._clock()
+        people = await self._found({letter.name for letter in whole})
+        results: Counter[str] = Counter()
+        done = []
+        for letter in whole:
+            outcome = await self._again(letter, people.get(letter.name), now)
+            results[outcome] += 1
+            if outcome is not Outcome.DEAD:
+                done.append(letter.id)
+        if done:
+            await self._events.drop_letters(done)
+        results["without_payload"] = len(letters) - len(whole)
+        return results
+
+    async def _again(self, letter: Letter, user: User | None, now: datetime) -> Outcome:
+        assert letter.payload is not None
+        if user is None:
+            return Outcome.DEAD
+        try:
+            one = self._event(user, letter.kind, letter.payload, letter.first or now)
+        except Refused:
+            return Outcome.DEAD
+        mine = Arrived(user.id, one, user.name, letter.payload)
+        return (await self._events.store([mine], count=self._tokens, now=now, kept=None))[0]
+
+    async def _people(self, deliveries: Sequence[Delivery]) -> dict[str, User | Reason]:
+        """Who each name is, or why it is nobody."""
+        names = {one.user for one in deliveries}
+        found: dict[str, User | Reason] = {**await self._found(names)}
+        for name in names - found.keys():
+            found[name] = await self.stranger(name)
+        return found
+
+    async def stranger(self, name: str) -> Reason:
+        """Why nobody has this name; ask only if nobody does. Looking is slow on purpose: the answer holds a minute."""
+        reason, until = self._strangers.get(name, (Reason.UNKNOWN_USER, 0.0))
+        if until < time.monotonic():
+            reason = Reason.FORGOTTEN if await self._users.forgotten(name) else Reason.UNKNOWN_USER
+            if len(self._strangers) >= _STRANGERS:
+                self._strangers.clear()
+            self._strangers[name] = reason, time.monotonic() + _STRANGE_SECONDS
+        return reason
+
+    async def _found(self, names: Iterable[str]) -> dict[str, User]:
+        return {user.name: user for user in await self._users.named(names)}
+
+    def _arrived(self, one: Delivery, people: dict[str, User | Reason], now: datetime) -> Arrived:
+        who = people[one.user]
+        user = who if isinstance(who, User) else None
+        try:
+            return Arrived(
+                user.id if user else None, self._judged(one, who, now), one.user, one.payload, one.digest, one.again
+            )
+        except Refused as refusal:
+            if refusal.reason is Reason.FORGOTTEN:
+                return Arrived(None, Letter.anonymous(Reason.FORGOTTEN, now), delivery=one.digest, again=one.again)
+            payload = one.payload if refusal.reason in _REPLAYABLE else None
+            user_id = user.id if user else None
+            letter = Letter(user_id, one.user, one.kind, "", refusal.reason, refusal.detail, payload, now)
+            return Arrived(user_id, letter, one.user, delivery=one.digest, again=one.again)
+
+    def _judged(self, one: Delivery, who: User | Reason, now: datetime) -> Event:
+        if one.retained:
+            raise Refused(Reason.RETAINED, "A stored copy that the broker replays is no news; do not publish retained.")
+        if who is Reason.FORGOTTEN:
+            raise Refused(Reason.FORGOTTEN, "")
+        if not isinstance(who, User):
+            raise Refused(Reason.UNKNOWN_USER, "There is no user of this name; `persona users add NAME` makes one.")
+        if not self._share.take(who.name):
+            raise Refused(Reason.RATE, "More events than mqtt.events_per_second and mqtt.burst allow.")
+        if one.size > len(one.payload):
+            raise Refused(Reason.TOO_LARGE, f"The payload has more than {self._settings.max_payload} bytes.")
+        return self._event(who, one.kind, one.payload, now)
+
+    def _event(self, user: User, kind: str, payload: bytes, received: datetime) -> Event:
+        one = event.read(user.name, kind, payload, received, self._settings.max_payload)
+        if isinstance(one.body, Words | Happening) and not user.learn:
+            raise Refused(Reason.NOT_RECORDED, "This user does not learn: only facts and states are taken.")
+        return one
+
+    async def _store(self, arrived: Sequence[Arrived], now: datetime) -> list[Outcome]:
+        kept = self._settings.kept_payloads
+        return await self._events.store(arrived, count=self._tokens, now=now, kept=kept)
+
+    async def _alone(self, one: Arrived, now: datetime) -> Outcome:
+        """Of a batch that failed for no known reason: one message, so that the others get through."""
+        try:
+            return (await self._store([one], now))[0]
+        except PersonaError:
+            raise
+        except Exception as error:
+            kind = one.content.kind
+            sentence = f"Storing it failed with {type(error).__name__}."
+            letter = Letter(one.user_id, one.user, kind, "", Reason.INTERNAL, sentence, one.payload, now)
+            return (await self._store([Arrived(one.user_id, letter, one.user)], now))[0]
+
+    def _count(self, arrived: Sequence[Arrived], outcomes: Sequence[Outcome]) -> None:
+        for one, outcome in zip(arrived, outcomes, strict=True):
+            self.counts[outcome] += 1
+            if isinstance(one.content, Letter):
+                self.counts[one.content.reason] += 1
+
+    def _tokens(self, text: str) -> int:
+        return len(self._tokenizer.encode(text))

@@ -1,0 +1,1 @@
+"""MQTT: turns messages into events and chats, and tells the house how its users' models are."""

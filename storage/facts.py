@@ -1,0 +1,56 @@
+"""What is known of a user: the newest value of each fact and of each state.
+
+Newest by the time that the event told, then by arrival. A value that was taken back leaves an empty row, so that an
+older one which arrives late cannot bring it back. Runs inside a transaction that the caller opened.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from persona.domain import Fact, UserId
+from storage.database import Transaction
+from storage.tables import facts
+
+Place = tuple[UserId, str, str]  # user, kind, key
+
+
+async def learn(connection: Transaction, told: Mapping[Place, Fact]) -> None:
+    """Keep each value that is not older than what is known."""
+    if not told:
+        return
+    times = await _times(connection, {user_id for user_id, _, _ in told})
+    new = [(place, fact) for place, fact in told.items() if place not in times]
+    newer = [(place, fact) for place, fact in told.items() if place in times and times[place] <= fact.ts]
+    if new:
+        await connection.execute(sa.insert(facts), [_row(place, fact) for place, fact in new])
+    for (user_id, kind, key), fact in newer:
+        this = (facts.c.user_id == user_id) & (facts.c.kind == kind) & (facts.c.key == key)
+        await connection.execute(sa.update(facts).where(this).values(value=fact.value, ts=fact.ts))
+
+
+async def known(connection: Transaction, user_id: UserId, kind: str | None, limit: int) -> list[Fact]:
+    """The newest first."""
+    query = sa.select(facts).where(facts.c.user_id == user_id, facts.c.value.is_not(None))
+    if kind is not None:
+        query = query.where(facts.c.kind == kind)
+    found = await connection.execute(query.order_by(facts.c.ts.desc(), facts.c.id.desc()).limit(limit))
+    return [Fact(row.kind, row.key, row.value, row.ts) for row in found]
+
+
+async def drop(connection: Transaction, user_id: UserId, kind: str, key: str) -> bool:
+    """Take a value back. False if there is none."""
+    this = (facts.c.user_id == user_id) & (facts.c.kind == kind) & (facts.c.key == key)
+    query = sa.update(facts).where(this, facts.c.value.is_not(None)).values(value=None)
+    return (await connection.execute(query)).rowcount > 0
+
+
+async def _times(connection: Transaction, users: set[UserId]) -> dict[Place, datetime]:
+    query = sa.select(facts.c.user_id, facts.c.kind, facts.c.key, facts.c.ts).where(facts.c.user_id.in_(users))
+    return {(UserId(row.user_id), row.kind, row.key): row.ts for row in await connection.execute(query)}
+
+
+def _row(place: Place, fact: Fact) -> dict[str, object]:
+    user_id, kind, key = place
+    return {"user_id": user_id, "kind": kind, "key": key, "value": fact.value, "ts": fact.ts}
