@@ -193,6 +193,8 @@ async def _services(
     schedule = Schedule(settings, users, history, adapters, runs, finetune, clock)
     intake = Intake(settings.mqtt, users, events, tokenizer, clock)
     database.on_removed(intake.removed)
+    metrics = Metrics()
+    metrics.events.read, metrics.dead_letters.read = intake.outcomes, intake.reasons
     services = Services(
         settings=settings,
         database=database,
@@ -209,7 +211,7 @@ async def _services(
         schedule=schedule,
         clock=clock,
         base=base,
-        metrics=Metrics(),
+        metrics=metrics,
         prepared=serving.prepared,
     )
     return services, schedule

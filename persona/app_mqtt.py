@@ -31,6 +31,8 @@ async def running(services: Services) -> AsyncIterator[tuple[Mqtt, Account | Non
             settings = settings.model_copy(update={"mqtt": broker.reached(settings.mqtt, account)})
             password = account.password
         mqtt = _mqtt(services, settings, password)
+        services.metrics.mqtt_up.set_function(lambda: float(mqtt.connected))
+        services.metrics.mqtt.read = lambda: mqtt.counts
         await mqtt.start()
         try:
             yield mqtt, account

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from persona import cli_data, cli_serve, cli_users
+from persona import cli_data, cli_events, cli_serve, cli_users
 from persona.cli_chat import chat
 from persona.cli_doctor import doctor
 from persona.cli_link import Link
@@ -40,6 +40,7 @@ app.add_typer(cli_users.users, name="users")
 app.add_typer(cli_users.keys, name="keys")
 app.add_typer(cli_data.history, name="history")
 app.add_typer(cli_data.adapters, name="adapters")
+app.add_typer(cli_events.events, name="events")
 app.add_typer(cli_serve.model, name="model")
 app.command()(cli_serve.serve)
 app.command()(chat)

@@ -20,7 +20,8 @@ from persona.settings import Settings, load
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 ForUser = Annotated[str, typer.Option("--user", help="Whose data is meant.")]
-_TIMES = ("ts", "created", "last_used", "revoked")  # columns of times, shown to the minute, in UTC
+# Columns of times, shown to the minute, in UTC.
+_TIMES = ("ts", "created", "last_used", "revoked", "received", "first", "last")
 
 
 def plain(text: object) -> str:

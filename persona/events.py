@@ -16,7 +16,7 @@ import structlog
 
 from persona import event
 from persona.domain import ChatTokenizer, User, UserId
-from persona.errors import NotFound, PersonaError, RequestError
+from persona.errors import Busy, NotFound, PersonaError, RequestError
 from persona.event import Event, Happening, Reason, Refused, Words
 from persona.settings import Mqtt
 from storage.events import Arrived, Events, Letter, Outcome
@@ -88,6 +88,14 @@ class Intake:
         self._strangers: dict[str, tuple[Reason, float]] = {}
         self.counts: Counter[str] = Counter()
 
+    def outcomes(self) -> dict[str, int]:
+        """Messages since the start by what became of them."""
+        return {outcome: self.counts[outcome] for outcome in Outcome}
+
+    def reasons(self) -> dict[str, int]:
+        """Refused messages since the start by reason."""
+        return {reason: self.counts[reason] for reason in Reason}
+
     async def removed(self, user_id: UserId, numbers: Sequence[int] | None) -> None:
         """Somebody may have been forgotten: from now on their name means that."""
         self._strangers.clear()
@@ -124,13 +132,17 @@ class Intake:
         sentence = "More messages of QoS 0 were waiting than mqtt.qos0_waiting allows."
         return Letter(user.id if user else None, name, "", "", Reason.OVERFLOW, sentence, None, now, count)
 
-    async def send(self, user: User, kind: str, payload: bytes) -> Outcome:
-        """One event of a user who is known, as over HTTP. Raises RequestError in place of a dead letter."""
+    async def send(self, user: User, kind: str, payload: bytes, *, learn: bool) -> Outcome:
+        """One event of a user who is known, as over HTTP. Raises RequestError or Busy in place of a dead letter.
+
+        learn: whether what they say becomes history.
+        """
         if not self._share.take(user.name):
-            raise RequestError("This user sends more events than mqtt.events_per_second allows.", code="rate_limited")
+            sentence = "This user sends more events than mqtt.events_per_second allows."
+            raise Busy(sentence, status=429, code="rate_limited")
         now = self._clock()
         try:
-            one = self._event(user, kind, payload, now)
+            one = self._event(user, kind, payload, now, learn=learn)
         except Refused as refusal:
             raise RequestError(refusal.detail, code=refusal.reason) from None
         arrived = [Arrived(user.id, one, user.name, payload)]
@@ -165,7 +177,7 @@ class Intake:
         if user is None:
             return Outcome.DEAD
         try:
-            one = self._event(user, letter.kind, letter.payload, letter.first or now)
+            one = self._event(user, letter.kind, letter.payload, letter.first or now, learn=user.learn)
         except Refused:
             return Outcome.DEAD
         mine = Arrived(user.id, one, user.name, letter.payload)
@@ -218,11 +230,11 @@ class Intake:
             raise Refused(Reason.RATE, "More events than mqtt.events_per_second and mqtt.burst allow.")
         if one.size > len(one.payload):
             raise Refused(Reason.TOO_LARGE, f"The payload has more than {self._settings.max_payload} bytes.")
-        return self._event(who, one.kind, one.payload, now)
+        return self._event(who, one.kind, one.payload, now, learn=who.learn)
 
-    def _event(self, user: User, kind: str, payload: bytes, received: datetime) -> Event:
+    def _event(self, user: User, kind: str, payload: bytes, received: datetime, *, learn: bool) -> Event:
         one = event.read(user.name, kind, payload, received, self._settings.max_payload)
-        if isinstance(one.body, Words | Happening) and not user.learn:
+        if isinstance(one.body, Words | Happening) and not learn:
             raise Refused(Reason.NOT_RECORDED, "This user does not learn: only facts and states are taken.")
         return one
 

@@ -71,7 +71,9 @@ class Mosquitto:
 
     async def start(self) -> None:
         self._child = await asyncio.create_subprocess_exec(
-            installed("mosquitto"), "-c", str(self._config), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+            *(installed("mosquitto"), "-c", str(self._config)),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
         )
         for _ in range(100):
             try:

@@ -1,9 +1,9 @@
-"""Publishes many messages as fast as the broker takes them: a process of its own, so that it costs the service nothing.
+"""Publishes many messages as fast as the broker takes them: a process of its own, so that the service pays nothing.
 
-    python tests/flood.py PORT USER PASSWORD COUNT [--qos 1] [--topic T] [--prefix x] [--rate N] [--size BYTES] [--source S]
+    python tests/flood.py PORT USER PASSWORD COUNT [--qos 1] [--topic T] [--prefix x] [--rate N] [--size BYTES]
 
-Waits for an acknowledgement of each message of QoS 1, connects again and repeats what was not acknowledged, as a careful
-device does. Prints how many were acknowledged.
+Waits for an acknowledgement of each message of QoS 1, connects again and repeats what was not acknowledged, as a
+careful device does. Prints how many were acknowledged.
 """
 
 import argparse
@@ -37,14 +37,16 @@ class Device:
         arguments = self.arguments
         self.client.connect("127.0.0.1", arguments.port, keepalive=10)
         self.client.loop_start()
+        topic = arguments.topic or f"persona/u/{arguments.user}/events/message"
         started = time.monotonic()
         for number in range(arguments.count):
             if arguments.rate:
                 time.sleep(max(0.0, started + number / arguments.rate - time.monotonic()))
-            body = {"id": f"{arguments.prefix}{number}", "text": f"{arguments.prefix} number {number} " + "x" * arguments.size}
+            name = f"{arguments.prefix}{number}"
+            body = {"id": name, "text": f"this is {name} " + "x" * arguments.size}
             if arguments.source:
                 body |= {"source": arguments.source, "seq": number}
-            self.client.publish(arguments.topic or f"persona/u/{arguments.user}/events/message", json.dumps(body), qos=arguments.qos)
+            self.client.publish(topic, json.dumps(body), qos=arguments.qos)
         with self.lock:
             self.lock.wait_for(lambda: self.acknowledged >= arguments.count, timeout=arguments.patience)
         self.client.disconnect()

@@ -108,8 +108,8 @@ def room(tmp_path: Path) -> Open:
             users, history = Users(database), History(database)
             adapters = Adapters(database, settings.adapters)
             user = await users.add("ann")
-            text = ScriptedText()
-            chat = Chat(settings, history, Events(database), adapters, engine, text, lambda: NOW, lambda: context, lambda: BASE)
+            parts = (settings, history, Events(database), adapters, engine, ScriptedText())
+            chat = Chat(*parts, lambda: NOW, lambda: context, lambda: BASE)
             yield Room(chat, engine, history, adapters, database, Caller(user, 1, learn=True))
             await chat.drain(0)
         finally:

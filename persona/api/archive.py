@@ -1,7 +1,8 @@
 """GET /v1/me/export: everything that is the caller's in one zip file.
 
-history.jsonl can be imported again, adapter/ is an ordinary PEFT folder, manifest.json says what is what. The file is
-put together in a folder of its own that is removed however the download ends.
+history.jsonl can be imported again, events.jsonl and facts.jsonl hold what devices told, adapter/ is an ordinary PEFT
+folder, manifest.json says what is what. The file is put together in a folder of its own that is removed however the
+download ends.
 """
 
 import asyncio
@@ -20,11 +21,12 @@ from persona.api import views
 from persona.api.sending import Outlet
 from persona.api.services import Services, caller, services
 from persona.api.versions import exportable, write_peft
-from persona.domain import Entry, EntryId, User, Version
+from persona.domain import Entry, EntryId, Role, User, Version
 from persona.errors import AdapterError
 
 PREFIX = "export-"
 _PAGE = 500
+_MOST_FACTS = 100_000
 _PIECE = 1 << 18
 
 
@@ -41,7 +43,9 @@ async def export(request: web.Request) -> web.StreamResponse:
 async def _assemble(deps: Services, user: User, folder: Path) -> Path:
     content = folder / "content"
     content.mkdir()
-    entries = await _write_history(deps, user, content / "history.jsonl")
+    entries = await _write_history(deps, user, content)
+    facts = [views.fact(one) for one in await deps.events.facts(user.id, limit=_MOST_FACTS)]
+    (content / "facts.jsonl").write_bytes(b"".join(msgspec.json.encode(one) + b"\n" for one in facts))
     version = None
     with contextlib.suppress(AdapterError):  # damaged, or of another base: the history goes out without it
         version = await exportable(deps, user, None)
@@ -52,12 +56,17 @@ async def _assemble(deps: Services, user: User, folder: Path) -> Path:
     return await asyncio.to_thread(_zip, content, folder / "export.zip")
 
 
-async def _write_history(deps: Services, user: User, file: Path) -> int:
+async def _write_history(deps: Services, user: User, content: Path) -> int:
+    """Words, which an import takes again, and apart from them what merely happened."""
     after, count = EntryId(0), 0
+    for name in ("history.jsonl", "events.jsonl"):
+        (content / name).touch()
     while page := await deps.history.page(user.id, after=after, limit=_PAGE):
-        await asyncio.to_thread(_append, file, page)
+        happened = [entry for entry in page if entry.role is Role.TOOL]
+        said = [entry for entry in page if entry.role is not Role.TOOL]
+        await asyncio.to_thread(_append, content / "history.jsonl", said)
+        await asyncio.to_thread(_append, content / "events.jsonl", happened)
         after, count = page[-1].id, count + len(page)
-    file.touch()
     return count
 
 

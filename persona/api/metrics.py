@@ -3,9 +3,12 @@
 No label ever holds a name, a key or a word of a user: routes are templates, the rest are closed sets.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from persona.chat_reply import Reply
 from persona.domain import Finish
@@ -26,6 +29,19 @@ _ENGINE = {
 }
 
 
+class Counted(Collector):
+    """A counter by one label whose numbers somebody else counts."""
+
+    def __init__(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, int]]) -> None:
+        self._name, self._text, self._label, self.read = name, text, label, read
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=[self._label])
+        for value, number in self.read().items():
+            family.add_metric([value], number)
+        yield family
+
+
 class Metrics:
     """What the service counts, and what it asks the engine at each scrape."""
 
@@ -44,6 +60,12 @@ class Metrics:
         self.refused_keys = counter("persona_refused_keys", "requests with no key or a wrong one")
         self.streams = gauge("persona_replies_running", "replies under way")
         self.engine_up = gauge("persona_engine_up", "1 if the engine answers")
+        self.mqtt_up = gauge("persona_mqtt_up", "1 while there is a broker")
+        self.events = Counted("persona_events", "events by what became of them", "outcome", dict)
+        self.dead_letters = Counted("persona_dead_letters", "refused events by reason", "reason", dict)
+        self.mqtt = Counted("persona_mqtt", "connections to the broker, and sessions that it lost", "what", dict)
+        for counted in (self.events, self.dead_letters, self.mqtt):
+            self.registry.register(counted)
         self._engine = {name: gauge(f"persona_engine_{name}", text) for name, text in _ENGINE.items()}
 
     def reply(self, reply: Reply) -> None:

@@ -6,7 +6,7 @@ The TCP application and the admin socket share the users' own routes; only the w
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from persona.api import admin, archive, auth, completions, errors, forget, history, me, models, ops, versions
+from persona.api import admin, archive, auth, completions, errors, events, forget, history, me, models, ops, versions
 from persona.api.services import SERVICES, Services
 
 OPS = (
@@ -23,6 +23,13 @@ USERS = (
     web.get("/v1/me/history", history.page),
     web.post("/v1/me/history", history.add),
     web.delete("/v1/me/history/{id}", history.delete),
+    web.get("/v1/me/events", events.page),
+    web.post("/v1/me/events/{kind}", events.send),
+    web.get("/v1/me/events/dead", events.dead),
+    web.post("/v1/me/events/dead/replay", events.replay),
+    web.delete("/v1/me/events/dead/{id}", events.drop),
+    web.get("/v1/me/facts", events.facts),
+    web.delete("/v1/me/facts/{kind}/{key:.+}", events.drop_fact),
     web.get("/v1/me/versions", versions.versions),
     web.get("/v1/me/runs", me.runs),
     web.get("/v1/me/runs/{id}", me.run),
@@ -42,6 +49,9 @@ ADMIN = (
     web.delete("/admin/users/{name}/keys/{id}", admin.revoke_key),
     web.post("/admin/users/{name}/adapters/export", admin.export_adapter),
     web.post("/admin/users/{name}/adapters/import", admin.import_adapter),
+    web.get("/admin/events/dead", events.all_dead),
+    web.post("/admin/events/dead/replay", events.replay_any),
+    web.delete("/admin/events/dead/{id}", events.drop_any),
     web.get("/admin/status", admin.status),
     web.post("/admin/backup", admin.backup),
 )

@@ -4,9 +4,10 @@ from datetime import datetime
 from typing import Any
 
 from persona.chat_reply import Sheet
-from persona.domain import Entry, Run, User, Version
+from persona.domain import Entry, Fact, Run, User, Version
 from persona.engine.protocol import Progress
 from persona.prompt import Used
+from storage.events import Letter, Row, Source
 from storage.runs import ExampleRow
 from storage.users import Key
 
@@ -51,6 +52,55 @@ def entry(one: Entry) -> dict[str, Any]:
         "finish": one.finish,
         "rating": one.rating,
         "correction": one.correction,
+    }
+
+
+def event(one: Row) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "kind": one.kind,
+        "source": one.source or None,
+        "seq": one.seq,
+        "ts": time(one.ts),
+        "received": time(one.received),
+        "entry": one.entry_id,
+    }
+
+
+def source(one: Source) -> dict[str, Any]:
+    return {
+        "source": one.source or None,
+        "last_seq": one.last_seq,
+        "missing": one.missing,
+        "events": one.events,
+        "duplicates": one.duplicates,
+        "last": time(one.last),
+    }
+
+
+def fact(one: Fact) -> dict[str, Any]:
+    return {"kind": one.kind, "key": one.key, "value": one.value, "ts": time(one.ts)}
+
+
+def letter(one: Letter) -> dict[str, Any]:
+    """A payload that is no text is shown as its hexadecimal digits."""
+    text = None
+    if one.payload is not None:
+        try:
+            text = one.payload.decode()
+        except UnicodeDecodeError:
+            text = one.payload.hex()
+    return {
+        "id": one.id,
+        "user": one.name or None,
+        "kind": one.kind or None,
+        "source": one.source or None,
+        "reason": one.reason,
+        "detail": one.detail,
+        "count": one.count,
+        "first": time(one.first),
+        "last": time(one.last),
+        "payload": text,
     }
 
 

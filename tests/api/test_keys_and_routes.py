@@ -23,7 +23,8 @@ def paths(application: web.Application) -> list[tuple[str, str]]:
     return found
 
 
-async def test_threat_01_every_route_without_a_key_is_refused_but_the_public_list(live: Live) -> None:
+async def test_threat_01_every_route_without_a_key_is_refused_but_the_public_list(start: Start) -> None:
+    live = await start(http={"failures_per_minute": 1000})
     walked = paths(routes.public_application(live.services))
     assert len(walked) >= 20
     answered = set()

@@ -246,7 +246,7 @@ async def test_threat_33_export_is_one_archive_that_can_be_imported_elsewhere(li
         assert answer.status == 200
         assert answer.content_type == "application/zip"
         archive = zipfile.ZipFile(io.BytesIO(await answer.read()))
-    assert archive.namelist() == ["history.jsonl", "manifest.json"]
+    assert archive.namelist() == ["events.jsonl", "facts.jsonl", "history.jsonl", "manifest.json"]
     manifest = json.loads(archive.read("manifest.json"))
     assert (manifest["user"], manifest["entries"], manifest["version"]) == ("ann", 2, None)
     content = archive.read("history.jsonl")
