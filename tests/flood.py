@@ -46,7 +46,8 @@ class Device:
             body = {"id": name, "text": f"this is {name} " + "x" * arguments.size}
             if arguments.source:
                 body |= {"source": arguments.source, "seq": number}
-            self.client.publish(topic, json.dumps(body), qos=arguments.qos)
+            bad = arguments.bad and number % arguments.bad == 0
+            self.client.publish(topic, f"{name} is no JSON" if bad else json.dumps(body), qos=arguments.qos)
         with self.lock:
             self.lock.wait_for(lambda: self.acknowledged >= arguments.count, timeout=arguments.patience)
         self.client.disconnect()
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--topic", default="")
     parser.add_argument("--prefix", default="m")
     parser.add_argument("--source", default="")
+    parser.add_argument("--bad", type=int, default=0, help="every so manieth message is no JSON")
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--size", type=int, default=0)
     parser.add_argument("--patience", type=float, default=60.0)

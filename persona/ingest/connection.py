@@ -57,8 +57,9 @@ class Packet:
     correlation: bytes | None = None
 
 
-def check() -> None:
-    """Raises ConfigurationError if the installed libraries lack what this file reaches for."""
+def check(settings: Mqtt) -> None:
+    """Raises ConfigurationError for unreadable certificates, or libraries that lack what this file reaches for."""
+    _tls(settings)
     wanted = [(Paho, "manual_ack_set"), (Paho, "ack")]
     missing = [name for owner, name in wanted if not callable(getattr(owner, name, None))]
     if missing:
@@ -147,7 +148,11 @@ class Connection:
         paho.on_message = self._on_message
 
     def _watch(self) -> None:
-        self._client._disconnected.add_done_callback(lambda _: self._stirred.set())
+        def gone(future: asyncio.Future[None]) -> None:
+            _ = future.cancelled() or future.exception()  # seen: `receive` tells of it
+            self._stirred.set()
+
+        self._client._disconnected.add_done_callback(gone)
 
     def _on_message(self, client: Paho, data: Any, message: Any) -> None:
         if message.qos == 0 and len(self._waiting) >= self._settings.qos0_waiting:

@@ -64,7 +64,7 @@ class Mqtt:
 
     async def start(self) -> None:
         """Begin to connect; a broker that is away is waited for. Raises ConfigurationError."""
-        links.check()
+        links.check(self._settings.mqtt)
         identifier = await asyncio.to_thread(_identifier, self._settings.mqtt_client, self._topics.prefix)
         self._task = asyncio.create_task(self._keep(identifier), name="mqtt")
 

@@ -1,0 +1,39 @@
+"""A real broker for each test, and the service connected to it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broker import Mosquitto, mosquitto
+from live import Live, Start
+
+from persona.engine.scripted import ScriptedEngine
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Mosquitto]:
+    async with mosquitto(tmp_path / "broker") as running:
+        yield running
+
+
+async def connected(live: Live) -> Live:
+    """The service, once it has its broker."""
+    assert live.house.mqtt is not None
+    async with asyncio.timeout(20):
+        while not live.house.mqtt.connected:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return live
+
+
+@pytest.fixture
+def begin(start: Start, broker: Mosquitto) -> Start:
+    """`await begin(engine, …)`: like `start`, with user ann, and connected. `mqtt={…}` changes its section."""
+
+    async def made(engine: ScriptedEngine | None = None, /, mqtt: dict[str, Any] | None = None, **more: Any) -> Live:
+        live = await start(engine, mqtt=broker.settings(**(mqtt or {})), **more)
+        await live.key("ann")
+        return await connected(live)
+
+    return made
