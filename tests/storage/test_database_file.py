@@ -210,7 +210,8 @@ async def test_the_tables_in_code_are_those_that_the_migrations_make(db):
         numbered = connection.exec_driver_sql(
             "SELECT name FROM sqlite_schema WHERE sql LIKE '%AUTOINCREMENT%' ORDER BY name"
         )
-        assert list(numbered.scalars()) == ["dead_letters", "deliveries", "entries", "events", "facts", "keys", "runs", "users"]
+        names = ["dead_letters", "deliveries", "entries", "events", "facts", "keys", "runs", "users"]
+        assert list(numbered.scalars()) == names
     engine.dispose()
     assert found == []
 
