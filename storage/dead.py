@@ -17,6 +17,7 @@ from storage.tables import dead_letters as table
 
 MAX_NAME = 64  # characters of a name that a topic claims
 MAX_KIND = 128
+MAX_NAMES = 100  # names that are no user's, of a reason and minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +43,28 @@ class Letter:
 
 
 _Group = tuple[datetime, str, str, Reason]  # minute, name, source, reason
+_Place = tuple[datetime, UserId | None, Reason]  # minute, user, reason
 
 
 async def add(connection: Transaction, letters: Sequence[Letter], kept: int) -> None:
-    """Store letters; of each user, reason and minute the first `kept` with their payload."""
-    room: dict[tuple[datetime, str, Reason], int] = {}
+    """Store letters; of each user, reason and minute the first `kept` with their payload.
+
+    All names that are no user's count as one, and of those the first ones of a minute are kept.
+    """
+    room: dict[_Place, int] = {}
+    names: dict[_Place, set[str]] = {}
     whole: list[Letter] = []
     counted: dict[_Group, Letter] = {}
     for letter in map(_bounded, letters):
         minute = _minute(letter.last)
-        place = (minute, letter.name, letter.reason)
+        place = (minute, letter.user_id, letter.reason)
+        if letter.user_id is None:
+            if place not in names:
+                names[place] = await _names(connection, place)
+            letter = letter if _join(names[place], letter.name) else replace(letter, name="", payload=None)
         if letter.payload is not None:
             if place not in room:
-                room[place] = kept - await _payloads(connection, *place)
+                room[place] = kept - await _payloads(connection, place)
             if room[place] > 0:
                 room[place] -= 1
                 whole.append(letter)
@@ -98,11 +108,25 @@ async def forget(connection: Transaction, user_id: UserId, name: str) -> int:
     return int((await connection.execute(sa.delete(table).where(mine))).rowcount)
 
 
-async def _payloads(connection: Transaction, minute: datetime, name: str, reason: Reason) -> int:
-    query = sa.select(sa.func.count()).where(
-        table.c.minute == minute, table.c.name == name, table.c.reason == reason, table.c.payload.is_not(None)
-    )
+def _of(place: _Place) -> sa.ColumnElement[bool]:
+    minute, user_id, reason = place
+    return (table.c.minute == minute) & (table.c.reason == reason) & table.c.user_id.is_not_distinct_from(user_id)
+
+
+async def _payloads(connection: Transaction, place: _Place) -> int:
+    query = sa.select(sa.func.count()).where(_of(place), table.c.payload.is_not(None))
     return int((await connection.execute(query)).scalar_one())
+
+
+async def _names(connection: Transaction, place: _Place) -> set[str]:
+    return set((await connection.execute(sa.select(table.c.name).where(_of(place)).distinct())).scalars())
+
+
+def _join(names: set[str], name: str) -> bool:
+    """Whether there is still room for the name."""
+    if len(names) < MAX_NAMES:
+        names.add(name)
+    return name in names
 
 
 async def _count(connection: Transaction, group: _Group, letter: Letter) -> None:
@@ -120,7 +144,9 @@ def _bounded(letter: Letter) -> Letter:
 
 
 def _printable(text: str, most: int) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:most])
+    """What is cut short says so: it must not pass for the shorter name of somebody else."""
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _minute(moment: datetime) -> datetime:

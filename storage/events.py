@@ -4,7 +4,6 @@ What a message says becomes an entry, a fact or a rating; its row in `events` on
 `store` returns, the broker may forget the whole batch, and when it raises, nothing of it has happened.
 """
 
-import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,16 +16,16 @@ import sqlalchemy as sa
 
 from persona.domain import Fact, Origin, Role, UserId
 from persona.event import FACTS, Event, Happening, Known, Rating, Reason, Words
-from storage import database, dead, facts, identity, sources, tables
+from storage import database, dead, facts, failpoints, identity, lookup, sources, tables
 from storage.database import Database, Transaction
 from storage.dead import Letter
 from storage.sources import Source
 from storage.tables import deletions, deliveries, entries, events, users
+from storage.whole import in_thread
 
 __all__ = ["Arrived", "Events", "Letter", "Outcome", "Row", "Source"]
 
 REMEMBERED = 10_000  # deliveries without a name that are recognised; the broker holds fewer unacknowledged
-_BREATH = 50  # texts counted before others may run
 
 
 class Outcome(StrEnum):
@@ -102,7 +101,7 @@ class Events:
         count: gives the tokens of a text · kept: payloads of dead letters kept per user, reason and minute; None: write
         no letter.
         """
-        tokens = await _count(arrived, count)
+        tokens = await in_thread(_count, arrived, count)
         batch = _Batch(arrived, now)
         async with self._db.write() as connection:
             await _recognise(connection, batch)
@@ -110,6 +109,8 @@ class Events:
             await _rate(connection, batch)
             await _know(connection, batch)
             await _conclude(connection, batch, kept)
+            failpoints.reach("events-before-commit")
+        failpoints.reach("events-after-commit")
         return [batch.outcomes[at] for at in range(len(arrived))]
 
     async def newest(self, user_id: UserId, *, before: int | None = None, limit: int = 100) -> list[Row]:
@@ -170,16 +171,14 @@ class Events:
             return int(old.rowcount) + await dead.prune(connection, limit)
 
 
-async def _count(arrived: Sequence[Arrived], count: Callable[[str], int]) -> dict[int, tuple[str, int]]:
-    """Cleaned text and its tokens, by place, of what will be entries. No transaction is open meanwhile."""
+def _count(arrived: Sequence[Arrived], count: Callable[[str], int]) -> dict[int, tuple[str, int]]:
+    """Cleaned text and its tokens, by place, of what will be entries."""
     counted: dict[int, tuple[str, int]] = {}
     for at, one in enumerate(arrived):
         body = one.content.body if isinstance(one.content, Event) else None
         if isinstance(body, Words | Happening):
             text = identity.clean(_role(body), body.text)
             counted[at] = text, count(text)
-            if len(counted) % _BREATH == 0:
-                await asyncio.sleep(0)
     return counted
 
 
@@ -191,21 +190,19 @@ def _role(body: Words | Happening) -> Role:
 async def _recognise(connection: Transaction, batch: _Batch) -> None:
     """Decide on what was here before: by name, or, where there is none, by delivery."""
     salts = await _salts(connection, batch)
+    gone = Arrived(None, Letter.anonymous(Reason.FORGOTTEN, batch.now))  # between arrival and now
+    batch.arrived = [one if one.user_id is None or one.user_id in salts else gone for one in batch.arrived]
     batch.items = [_item(one, salts) for one in batch.arrived]
-    for at, one in enumerate(batch.arrived):  # forgotten between arrival and now: nothing of them is kept
-        if one.user_id is not None and one.user_id not in salts:
-            batch.outcomes[at] = Outcome.DEAD
-            batch.letters.append(Letter.anonymous(Reason.FORGOTTEN, batch.now))
     known = await _known_items(connection, batch)
     delivered = await _delivered(connection, batch)
     for at, one in enumerate(batch.arrived):
         item = batch.items[at]
-        if at in batch.outcomes:
-            continue
         name = (one.user_id, item) if item else None
         if name in known or (one.again and one.delivery in delivered):
             batch.outcomes[at] = Outcome.DUPLICATE
-        elif name:
+        elif one.delivery:
+            delivered.add(one.delivery)
+        if name:
             known.add(name)
 
 
@@ -223,11 +220,11 @@ def _item(one: Arrived, salts: dict[UserId, bytes]) -> bytes | None:
 
 async def _known_items(connection: Transaction, batch: _Batch) -> set[tuple[UserId | None, bytes]]:
     """Names that are taken: by an event, by an entry that outlived its event's row, or by a deleted entry."""
-    items = [item for item in batch.items if item]
+    named = [(one.user_id, item) for one, item in zip(batch.arrived, batch.items, strict=True) if one.user_id and item]
     known: set[tuple[UserId | None, bytes]] = set()
-    for table, column in ((events, events.c.item), (entries, entries.c.item), (deletions, deletions.c.digest)):
-        query = sa.select(table.c.user_id.label("user_id"), column.label("item")).where(column.in_(items))
-        known |= {(UserId(row.user_id), row.item) for row in await connection.execute(query)}
+    for table, column in ((events, "item"), (entries, "item"), (deletions, "digest")):
+        query = sa.select(table.c.user_id, table.c[column].label("item"))
+        known |= {(UserId(row.user_id), row.item) for row in await lookup.rows(connection, query, table, column, named)}
     return known
 
 
@@ -278,10 +275,15 @@ def _entry(user_id: UserId, event: Event, text: str, length: int, item: bytes | 
 
 
 async def _insert(connection: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
+    """The ids of the new entries, in order. Nobody else writes meanwhile, so they are those above the last one: asking
+    for each as it is made would cost a round trip a row.
+    """
     if not rows:
         return []
-    made = sa.insert(entries).returning(entries.c.id, sort_by_parameter_order=True)
-    ids = list((await connection.execute(made, rows)).scalars())
+    last = (await connection.execute(sa.select(sa.func.coalesce(sa.func.max(entries.c.id), 0)))).scalar_one()
+    await connection.execute(sa.insert(entries), rows)
+    made = await connection.execute(sa.select(entries.c.id).where(entries.c.id > last).order_by(entries.c.id))
+    ids = list(made.scalars())
     by_user: dict[UserId, list[tuple[int, str]]] = {}
     for entry_id, row in zip(ids, rows, strict=True):
         by_user.setdefault(row["user_id"], []).append((entry_id, row["text"]))
@@ -292,14 +294,17 @@ async def _insert(connection: Transaction, rows: Sequence[dict[str, Any]]) -> li
 
 async def _rate(connection: Transaction, batch: _Batch) -> None:
     """Feedback weights a reply of the same user."""
+    ledger = []
     for at, user_id, event in batch.waiting(Rating):
         assert isinstance(event.body, Rating)
         if await _weigh(connection, user_id, event.body):
-            await connection.execute(sa.insert(events), [_ledger(batch, at, event.body.turn)])
+            ledger.append(_ledger(batch, at, event.body.turn))
             batch.outcomes[at] = Outcome.STORED
         else:
             batch.outcomes[at] = Outcome.DEAD
             batch.letters.append(_letter(batch, at, Reason.UNKNOWN_TURN, "There is no such reply of this user."))
+    if ledger:
+        await connection.execute(sa.insert(events), ledger)
 
 
 async def _weigh(connection: Transaction, user_id: UserId, body: Rating) -> bool:
@@ -319,7 +324,7 @@ async def _know(connection: Transaction, batch: _Batch) -> None:
         assert event.kind in FACTS
         places.append(at)
         key, value = event.body.key, event.body.value
-        fact = Fact(event.kind, key, identity.printable(value) if value is not None else None, event.ts)
+        fact = Fact(event.kind, key, identity.printable(value or "") or None, event.ts)
         before = newest.get((user_id, event.kind, key))
         if before is None or before.ts <= fact.ts:
             newest[user_id, event.kind, key] = fact

@@ -5,11 +5,12 @@ older one which arrives late cannot bring it back. Runs inside a transaction tha
 """
 
 from collections.abc import Mapping
-from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 
 from persona.domain import Fact, UserId
+from storage import lookup
 from storage.database import Transaction
 from storage.tables import facts
 
@@ -20,14 +21,18 @@ async def learn(connection: Transaction, told: Mapping[Place, Fact]) -> None:
     """Keep each value that is not older than what is known."""
     if not told:
         return
-    times = await _times(connection, {user_id for user_id, _, _ in told})
-    new = [(place, fact) for place, fact in told.items() if place not in times]
-    newer = [(place, fact) for place, fact in told.items() if place in times and times[place] <= fact.ts]
+    known = await _known(connection, told)
+    new = [_row(place, fact) for place, fact in told.items() if place not in known]
+    newer = [
+        {"this": known[place].id, "told": fact.value, "at": fact.ts}
+        for place, fact in told.items()
+        if place in known and known[place].ts <= fact.ts
+    ]
     if new:
-        await connection.execute(sa.insert(facts), [_row(place, fact) for place, fact in new])
-    for (user_id, kind, key), fact in newer:
-        this = (facts.c.user_id == user_id) & (facts.c.kind == kind) & (facts.c.key == key)
-        await connection.execute(sa.update(facts).where(this).values(value=fact.value, ts=fact.ts))
+        await connection.execute(sa.insert(facts), new)
+    if newer:
+        this = sa.update(facts).where(facts.c.id == sa.bindparam("this"))
+        await connection.execute(this.values(value=sa.bindparam("told"), ts=sa.bindparam("at")), newer)
 
 
 async def known(connection: Transaction, user_id: UserId, kind: str | None, limit: int) -> list[Fact]:
@@ -46,9 +51,13 @@ async def drop(connection: Transaction, user_id: UserId, kind: str, key: str) ->
     return (await connection.execute(query)).rowcount > 0
 
 
-async def _times(connection: Transaction, users: set[UserId]) -> dict[Place, datetime]:
-    query = sa.select(facts.c.user_id, facts.c.kind, facts.c.key, facts.c.ts).where(facts.c.user_id.in_(users))
-    return {(UserId(row.user_id), row.kind, row.key): row.ts for row in await connection.execute(query)}
+async def _known(connection: Transaction, told: Mapping[Place, Fact]) -> dict[Place, sa.Row[Any]]:
+    query = sa.select(facts.c.id, facts.c.user_id, facts.c.kind, facts.c.key, facts.c.ts)
+    found: list[sa.Row[Any]] = []
+    for kind in {kind for _, kind, _ in told}:
+        keys = [(user_id, key) for user_id, its, key in told if its == kind]
+        found += await lookup.rows(connection, query, facts, "key", keys, facts.c.kind == kind)
+    return {(UserId(row.user_id), row.kind, row.key): row for row in found}
 
 
 def _row(place: Place, fact: Fact) -> dict[str, object]:

@@ -9,6 +9,7 @@ import pytest
 from persona.domain import EntryId, Finish, Frame, Message, Role, RunState, User, UserId, Version
 from storage.adapters import Adapters
 from storage.database import Database
+from storage.events import Events
 from storage.history import History, Placement
 from storage.runs import ExampleRow, Runs
 from storage.users import Users
@@ -36,6 +37,11 @@ def users(db: Database) -> Users:
 @pytest.fixture
 def history(db: Database) -> History:
     return History(db)
+
+
+@pytest.fixture
+def events(db: Database) -> Events:
+    return Events(db)
 
 
 @pytest.fixture
