@@ -201,6 +201,10 @@ class Intake:
             self._strangers[name] = reason, time.monotonic() + _STRANGE_SECONDS
         return reason
 
+    async def forgotten(self, name: str) -> bool:
+        """Whether whoever had this name was forgotten, and nobody has it now."""
+        return not await self._found([name]) and await self.stranger(name) is Reason.FORGOTTEN
+
     async def _found(self, names: Iterable[str]) -> dict[str, User]:
         return {user.name: user for user in await self._users.named(names)}
 

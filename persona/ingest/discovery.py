@@ -4,6 +4,7 @@ One retained message announces a device with all its parts (MQTT device discover
 topics of their own. An empty message takes the device away.
 """
 
+import hashlib
 import re
 from typing import Any
 
@@ -16,15 +17,20 @@ ONLINE, OFFLINE = "online", "offline"
 
 def identity(topics: Topics, user_id: int | None) -> str:
     """Names a device: a user by an id that is never given twice, or the service (None)."""
-    stem = re.sub(r"\W+", "_", topics.prefix, flags=re.ASCII)
-    return f"{stem}_{'service' if user_id is None else user_id}"
+    return f"{_stem(topics.prefix)}_{'service' if user_id is None else user_id}"
 
 
-def owner(topics: Topics, named: str) -> int | None:
-    """The id of the user whose device has that identity; None: not the device of a user of ours."""
-    stem = identity(topics, None).removesuffix("service")
-    rest = named.removeprefix(stem)
-    return int(rest) if named.startswith(stem) and rest.isascii() and rest.isdigit() and len(rest) < 19 else None
+def ours(topics: Topics, named: str) -> bool:
+    """Whether a device of that identity is the service's or one of its users', of today or gone."""
+    stem, _, last = named.rpartition("_")
+    number = last.isascii() and last.isdigit() and not last.startswith("0")
+    return stem == _stem(topics.prefix) and (number or last == "service")
+
+
+def _stem(prefix: str) -> str:
+    """Of letters, digits and underscores, all that may stand there, and another one for every other prefix."""
+    plain = re.sub(r"\W+", "_", prefix, flags=re.ASCII)
+    return plain if plain == prefix else f"{plain}_{hashlib.sha256(prefix.encode()).hexdigest()[:8]}"
 
 
 def user_device(topics: Topics, user: User, model: str) -> dict[str, Any]:
@@ -33,8 +39,14 @@ def user_device(topics: Topics, user: User, model: str) -> dict[str, Any]:
     parts = {
         "version": _sensor("Adapter version", "version", icon="mdi:brain"),
         "last_training": _sensor("Last training", "last_training", device_class="timestamp"),
-        "held_out_loss": _sensor("Held-out loss", "held_out_loss", unit="nats/token", icon="mdi:chart-line"),
-        "new_tokens": _sensor("New tokens since", "new_tokens", unit="tokens", icon="mdi:text-box-plus"),
+        "held_out_loss": _sensor(
+            "Held-out loss",
+            "held_out_loss",
+            unit="nats/token",
+            icon="mdi:chart-line",
+            suggested_display_precision=3,
+        ),
+        "new_tokens": _sensor("New tokens since training", "new_tokens", unit="tokens", icon="mdi:text-box-plus"),
         "problem": {
             "platform": "binary_sensor",
             "name": "Problem",

@@ -16,7 +16,6 @@ from random import Random
 import structlog
 
 from persona.errors import Busy, StorageFull
-from persona.event import Reason
 from persona.events import Delivery, Intake
 from persona.ingest import connection as links
 from persona.ingest import discovery
@@ -137,9 +136,7 @@ class Mqtt:
 
     async def _look(self, connection: Connection) -> None:
         """See what the broker holds of us, users who are gone included."""
-        topics = [self._topics.states]
-        if self._settings.mqtt.discovery:
-            topics.append(self._topics.announcement("+"))
+        topics = [self._topics.states, self._topics.announcement("+")]
         await connection.subscribe(topics, stored=True)
         await asyncio.sleep(LOOK_SECONDS)
         for topic in topics:
@@ -195,20 +192,22 @@ class Mqtt:
             await self._find(packet, topic)
         elif isinstance(topic, ChatTopic):
             self._talk.hear(topic.user, packet, connection.publish)
-        elif isinstance(topic, TrainTopic):
+        elif isinstance(topic, TrainTopic) and packet.payload:  # nothing: somebody takes a stored wish back
             await self._train(topic.user)
             self._presence.changed()
         elif isinstance(topic, HouseTopic) and packet.payload == discovery.ONLINE.encode():
             self._presence.again()
 
     async def _find(self, packet: Packet, topic: Topic | None) -> None:
-        """Something that the broker stores: of a user who is gone, or our own of a former life, it is to be cleared."""
-        if isinstance(topic, StateTopic) or topic is None:
-            self._presence.seen(packet.topic, topic.user if topic else None)
-        elif not isinstance(topic, HouseTopic) and await self._intake.stranger(topic.user) is Reason.FORGOTTEN:
+        """Something that the broker stores: it may be of a user who is gone, or ours of a former life."""
+        user = self._topics.user(packet.topic)
+        if isinstance(topic, HouseTopic):
+            if packet.payload == discovery.ONLINE.encode():
+                self._presence.again()
+        elif user is None or isinstance(topic, StateTopic):
+            self._presence.seen(packet.topic)
+        elif await self._intake.forgotten(user):
             self._presence.clear(packet.topic)
-        elif isinstance(topic, HouseTopic) and packet.payload == discovery.ONLINE.encode():
-            self._presence.again()
 
 
 async def _end(tasks: list[asyncio.Task[None]]) -> None:

@@ -1,7 +1,8 @@
 """What the broker keeps about us: announcements and states, retained, and taken away with their user.
 
 Everything is published again after each connection and each birth of Home Assistant, and whenever it has changed. What
-a former life left of users who are gone is found at the connection, because the broker still holds it, and cleared.
+the broker holds and nobody stands behind any more is cleared: at once, and at each connection also what a former life
+left, because the broker shows it then.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from persona.domain import RunState, User, UserId
+from persona.domain import RunState, UserId
 from persona.errors import PersonaError
 from persona.events import Intake
 from persona.ingest import discovery
@@ -52,17 +53,16 @@ class Presence:
     ) -> None:
         self._settings, self._topics, self._database = settings, topics, database
         self._intake, self._house, self._clock = intake, house, clock
-        self._told: dict[str, bytes] = {}  # what the broker holds, by topic
-        self._users: dict[UserId, User] = {}  # as last published
+        self._told: dict[str, bytes] = {}  # what we had the broker hold, by topic
         self._stale: set[str] = set()  # topics to clear
-        self._gone: set[str] = set()  # names of users who were forgotten just now
-        self._shown: set[tuple[str, str | None]] = set()  # topics that the broker holds, with the user they name
+        self._gone: set[str] = set()  # names that nobody has any more, of whom the broker may hold more
+        self._shown: set[str] = set()  # states and announcements that the broker holds, ours or not
         self._changed = asyncio.Event()
         database.on_removed(self._removed)
 
     def again(self) -> None:
         """Somebody may have missed it all: publish everything again."""
-        self._told.clear()
+        self._told = dict.fromkeys(self._told, b"")
         self._changed.set()
 
     def changed(self) -> None:
@@ -74,9 +74,9 @@ class Presence:
         self._stale.add(topic)
         self._changed.set()
 
-    def seen(self, topic: str, user: str | None) -> None:
-        """The broker holds one of our topics: the state of a user by name, or an announcement (None)."""
-        self._shown.add((topic, user))
+    def seen(self, topic: str) -> None:
+        """The broker holds a state or an announcement."""
+        self._shown.add(topic)
         self._changed.set()
 
     async def run(self, connection: Connection) -> None:
@@ -100,50 +100,55 @@ class Presence:
 
     async def _publish(self, connection: Connection) -> None:
         current = await overview(self._database, self._clock() - timedelta(hours=DEAD_HOURS))
-        self._users = {one.user.id: one.user for one in current}
-        self._judge_shown()
+        picture = self._picture(current)
+        self._judge(picture)
         await self._clear(connection)
+        for topic, value in picture.items():
+            await self._tell(connection, topic, value)
+
+    def _picture(self, current: Sequence[Overview]) -> dict[str, dict[str, Any]]:
+        """What the broker should hold of us, by topic: the service first, as its users refer to it."""
+        topics, model = self._topics, self._house.model
+        picture: dict[str, dict[str, Any]] = {}
         if self._settings.discovery:
-            await self._announce(connection)
-        await self._tell(connection, self._topics.service, self._service(current))
-        for one in current:
-            await self._tell(connection, self._topics.state(one.user.name), self._state(one))
+            picture[topics.announcement(discovery.identity(topics, None))] = discovery.service_device(topics, model)
+            for user in (one.user for one in current):
+                announced = topics.announcement(discovery.identity(topics, user.id))
+                picture[announced] = discovery.user_device(topics, user, model)
+        picture[topics.service] = self._service(current)
+        return picture | {topics.state(one.user.name): self._state(one) for one in current}
 
-    async def _announce(self, connection: Connection) -> None:
-        model = self._house.model
-        await self._tell(connection, self._announcement(None), discovery.service_device(self._topics, model))
-        for user in list(self._users.values()):
-            device = discovery.user_device(self._topics, user, model)
-            await self._tell(connection, self._announcement(user.id), device)
-
-    def _judge_shown(self) -> None:
-        """What the broker holds of users who are gone is to be cleared."""
-        names = {user.name for user in self._users.values()}
-        for topic, user in self._shown:
-            owner = discovery.owner(self._topics, topic.split("/")[-2]) if user is None else None
-            if (user is not None and user not in names) or (owner is not None and UserId(owner) not in self._users):
-                self._stale.add(topic)
+    def _judge(self, picture: dict[str, dict[str, Any]]) -> None:
+        """What the broker holds of us and should not."""
+        shown = {topic for topic in self._shown if self._topics.user(topic) or self._announces_ours(topic)}
         self._shown.clear()
+        left = (shown | self._told.keys()) - picture.keys()
+        self._stale |= left
+        self._gone |= {name for topic in left if (name := self._topics.user(topic))}
+
+    def _announces_ours(self, topic: str) -> bool:
+        named = self._topics.announced(topic)
+        return named is not None and discovery.ours(self._topics, named)
 
     async def _clear(self, connection: Connection) -> None:
-        """What users who are gone had the broker store is shown by it once more, and cleared when it comes."""
+        """What else the broker stores of users who are gone is shown by it once more, and cleared when it comes."""
+        while self._stale:
+            topic = min(self._stale)
+            await connection.publish(topic, b"", retain=True)
+            self._stale.discard(topic)
+            self._told.pop(topic, None)
         while self._gone:
-            theirs = self._topics.everything(self._gone.pop())
+            name = min(self._gone)
+            theirs = self._topics.everything(name)
             await connection.subscribe([theirs], stored=True)
             await connection.unsubscribe(theirs)
-        while self._stale:
-            topic = self._stale.pop()
-            await connection.publish(topic, b"", retain=True)
-            self._told.pop(topic, None)
+            self._gone.discard(name)
 
     async def _tell(self, connection: Connection, topic: str, value: dict[str, Any]) -> None:
         payload = msgspec.json.encode(value)
         if self._told.get(topic) != payload:
             await connection.publish(topic, payload, retain=True)
             self._told[topic] = payload
-
-    def _announcement(self, user_id: UserId | None) -> str:
-        return self._topics.announcement(discovery.identity(self._topics, user_id))
 
     def _state(self, one: Overview) -> dict[str, Any]:
         reasons = self._reasons(one)
@@ -166,9 +171,9 @@ class Presence:
         if one.base is not None and one.base != self._house.base():
             reasons.append("The version is of another base model and sleeps until it is trained again.")
         if one.missing:
-            reasons.append(f"{one.missing} events never arrived.")
+            reasons.append(f"Events that never arrived: {one.missing}.")
         if one.dead:
-            reasons.append(f"{one.dead} events were refused within {DEAD_HOURS} hours.")
+            reasons.append(f"Events refused within {DEAD_HOURS} hours: {one.dead}.")
         return reasons
 
     def _service(self, current: Sequence[Overview]) -> dict[str, Any]:
@@ -184,12 +189,6 @@ class Presence:
 
     async def _removed(self, user_id: UserId, numbers: Sequence[int] | None) -> None:
         """A user was forgotten: so must the broker."""
-        if numbers is None:
-            user = self._users.pop(user_id, None)
-            self.clear(self._announcement(user_id))
-            if user is not None:
-                self.clear(self._topics.state(user.name))
-                self._gone.add(user.name)
         self.changed()
 
 

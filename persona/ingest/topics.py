@@ -71,9 +71,10 @@ class Topics:
         """What a topic means; None: nothing to us."""
         if topic == self.house:
             return HouseTopic()
-        if not topic.startswith(f"{self.prefix}/u/"):
+        user = self.user(topic)
+        if user is None:
             return None
-        user, _, rest = topic.removeprefix(f"{self.prefix}/u/").partition("/")
+        rest = topic.removeprefix(f"{self.prefix}/u/{user}").removeprefix("/")
         if rest == "events" or rest.startswith("events/"):
             return EventTopic(user, rest.removeprefix("events").removeprefix("/"))
         exact: dict[str, Topic] = {
@@ -82,6 +83,11 @@ class Topics:
             "state": StateTopic(user),
         }
         return exact.get(rest)
+
+    def user(self, topic: str) -> str | None:
+        """The name of the user below whose part of the tree `topic` lies, whoever that is."""
+        below = f"{self.prefix}/u/"
+        return topic.removeprefix(below).partition("/")[0] if topic.startswith(below) else None
 
     def chat(self, user: str) -> str:
         return f"{self.prefix}/u/{user}/chat"
@@ -99,6 +105,12 @@ class Topics:
     def announcement(self, identity: str) -> str:
         """Where Home Assistant looks for the device of that identity."""
         return f"{self.discovery}/device/{identity}/config"
+
+    def announced(self, topic: str) -> str | None:
+        """The identity of the device that is announced on `topic`; None: it is no topic for that."""
+        start, end = self.announcement("\0").split("\0")
+        identity = topic.removeprefix(start).removesuffix(end)
+        return identity if topic == self.announcement(identity) else None
 
     def may_answer(self, user: str, topic: str) -> bool:
         """Whether a reply to `user` may go there: to their own chat topic or below it, never to somebody else's."""
