@@ -46,7 +46,8 @@ def _mqtt(services: Services, settings: Settings, password: str | None) -> Mqtt:
         settings, services.users, services.chat, topics, services.base, services.clock, services.metrics.reply
     )
     house = House(settings.model.name, services.base, lambda: _troubles(services))
-    presence = Presence(settings.mqtt, topics, services.database, services.intake, house, services.clock)
+    stored = (services.database, services.events)
+    presence = Presence(settings.mqtt, topics, *stored, services.intake, house, services.clock)
 
     async def train(name: str) -> None:
         await _train(services, name)

@@ -139,6 +139,11 @@ class Events:
         async with self._db.read() as connection:
             return await sources.of(connection, user_id)
 
+    async def numbered(self) -> list[tuple[str, Source]]:
+        """Every source that numbers its events, with the name of its user."""
+        async with self._db.read() as connection:
+            return await sources.everywhere(connection)
+
     async def missing(self) -> int:
         """Events of all users that their sources counted and that never arrived."""
         async with self._db.read() as connection:

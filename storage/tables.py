@@ -191,6 +191,7 @@ sources = sa.Table(
     _user(),
     sa.Column("source", sa.String, nullable=False),
     sa.Column("last_seq", sa.Integer),
+    sa.Column("gaps", sa.JSON, nullable=False),  # [[first, last], …] of what is missing
     sa.Column("missing", sa.Integer, nullable=False),
     sa.Column("events", sa.Integer, nullable=False),
     sa.Column("duplicates", sa.Integer, nullable=False),

@@ -72,6 +72,7 @@ def source(one: Source) -> dict[str, Any]:
         "source": one.source or None,
         "last_seq": one.last_seq,
         "missing": one.missing,
+        "gaps": one.gaps,
         "events": one.events,
         "duplicates": one.duplicates,
         "last": time(one.last),

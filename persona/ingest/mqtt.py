@@ -136,7 +136,7 @@ class Mqtt:
 
     async def _look(self, connection: Connection) -> None:
         """See what the broker holds of us, users who are gone included."""
-        topics = [self._topics.states, self._topics.announcement("+")]
+        topics = [*self._topics.own, self._topics.announcement("+")]
         await connection.subscribe(topics, stored=True)
         await asyncio.sleep(LOOK_SECONDS)
         for topic in topics:
@@ -164,6 +164,7 @@ class Mqtt:
             try:
                 await self._intake.accept(deliveries)
                 self._held = None
+                self._presence.arrived()
                 return
             except StorageFull:
                 self._held = "The disk is full: events wait at the broker until there is space."

@@ -22,11 +22,13 @@ from persona.ingest.connection import Connection
 from persona.ingest.topics import Topics
 from persona.settings import Mqtt
 from storage.database import Database
+from storage.events import Events, Source
 from storage.overview import Overview, overview
 
 log = structlog.get_logger()
 
 DEAD_HOURS = 24  # in which a dead letter counts as a problem
+RECEIPT_SECONDS = 1.0  # after which a device may know what has arrived
 LOOK_SECONDS = 5.0  # in which the broker shows what it still holds of us
 
 
@@ -47,17 +49,19 @@ class Presence:
         settings: Mqtt,
         topics: Topics,
         database: Database,
+        events: Events,
         intake: Intake,
         house: House,
         clock: Callable[[], datetime],
     ) -> None:
-        self._settings, self._topics, self._database = settings, topics, database
+        self._settings, self._topics, self._database, self._events = settings, topics, database, events
         self._intake, self._house, self._clock = intake, house, clock
         self._told: dict[str, bytes] = {}  # what we had the broker hold, by topic
         self._stale: set[str] = set()  # topics to clear
         self._gone: set[str] = set()  # names that nobody has any more, of whom the broker may hold more
         self._shown: set[str] = set()  # states and announcements that the broker holds, ours or not
         self._changed = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
         database.on_removed(self._removed)
 
     def again(self) -> None:
@@ -67,6 +71,15 @@ class Presence:
 
     def changed(self) -> None:
         """Something may be different now."""
+        self._changed.set()
+
+    def arrived(self) -> None:
+        """Events were stored: their sources are told before long, and once for many."""
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(RECEIPT_SECONDS, self._tell_soon)
+
+    def _tell_soon(self) -> None:
+        self._soon = None
         self._changed.set()
 
     def clear(self, topic: str) -> None:
@@ -100,7 +113,7 @@ class Presence:
 
     async def _publish(self, connection: Connection) -> None:
         current = await overview(self._database, self._clock() - timedelta(hours=DEAD_HOURS))
-        picture = self._picture(current)
+        picture = self._picture(current) | self._receipts(await self._events.numbered())
         self._judge(picture)
         await self._clear(connection)
         for topic, value in picture.items():
@@ -117,6 +130,14 @@ class Presence:
                 picture[announced] = discovery.user_device(topics, user, model)
         picture[topics.service] = self._service(current)
         return picture | {topics.state(one.user.name): self._state(one) for one in current}
+
+    def _receipts(self, numbered: Sequence[tuple[str, Source]]) -> dict[str, dict[str, Any]]:
+        """By topic: up to which number a source's events are on our disk, and which are not."""
+        return {
+            self._topics.received(name, one.source): {"seq": one.last_seq, "missing": one.gaps}
+            for name, one in numbered
+            if one.source
+        }
 
     def _judge(self, picture: dict[str, dict[str, Any]]) -> None:
         """What the broker holds of us and should not."""

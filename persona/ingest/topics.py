@@ -4,6 +4,7 @@
     PREFIX/u/USER/chat/set      in   a chat request → PREFIX/u/USER/chat, or below it
     PREFIX/u/USER/train/set     in   train now
     PREFIX/u/USER/state         out  retained: how the user's model is
+    PREFIX/u/USER/received/SRC  out  retained: which numbered events of that source are on our disk
     PREFIX/svc/status           out  retained: online or offline (birth and will)
     PREFIX/svc/state            out  retained: how the service is
 """
@@ -38,7 +39,7 @@ class TrainTopic:
 
 @dataclass(frozen=True, slots=True)
 class StateTopic:
-    """A state that we published for that user, perhaps before they were forgotten."""
+    """What we published for that user, perhaps before they were forgotten: a state or a receipt."""
 
     user: str
 
@@ -60,7 +61,7 @@ class Topics:
         self.status = f"{self.prefix}/svc/status"
         self.service = f"{self.prefix}/svc/state"
         self.house = f"{self.discovery}/status"
-        self.states = f"{self.prefix}/u/+/state"
+        self.own = [f"{self.prefix}/u/+/state", f"{self.prefix}/u/+/received/#"]  # of users, retained
 
     def wanted(self, *, house: bool) -> list[str]:
         """What to subscribe to for good."""
@@ -77,6 +78,8 @@ class Topics:
         rest = topic.removeprefix(f"{self.prefix}/u/{user}").removeprefix("/")
         if rest == "events" or rest.startswith("events/"):
             return EventTopic(user, rest.removeprefix("events").removeprefix("/"))
+        if rest.startswith("received/"):
+            return StateTopic(user)
         exact: dict[str, Topic] = {
             "chat/set": ChatTopic(user),
             "train/set": TrainTopic(user),
@@ -97,6 +100,9 @@ class Topics:
 
     def state(self, user: str) -> str:
         return f"{self.prefix}/u/{user}/state"
+
+    def received(self, user: str, source: str) -> str:
+        return f"{self.prefix}/u/{user}/received/{source}"
 
     def everything(self, user: str) -> str:
         """All topics of a user."""

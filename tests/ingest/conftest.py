@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from broker import Mosquitto, mosquitto
 from live import Live, Start
+from served import Served
 
 from persona.engine.scripted import ScriptedEngine
 
@@ -16,6 +17,14 @@ from persona.engine.scripted import ScriptedEngine
 async def broker(tmp_path: Path) -> AsyncIterator[Mosquitto]:
     async with mosquitto(tmp_path / "broker") as running:
         yield running
+
+
+@pytest.fixture
+async def served(tmp_path: Path, broker: Mosquitto) -> AsyncIterator[Served]:
+    """The service in a process of its own; the test starts it."""
+    service = Served(tmp_path, broker)
+    yield service
+    await service.kill()
 
 
 async def connected(live: Live) -> Live:

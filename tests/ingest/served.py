@@ -37,16 +37,20 @@ PROGRAM = textwrap.dedent(
 class Served:
     """A service that reaches `broker`, and its database as it lies on the disk."""
 
-    def __init__(self, folder: Path, broker: Mosquitto, **mqtt: Any) -> None:
+    def __init__(self, folder: Path, broker: Mosquitto) -> None:
         self.home = folder / "home"
         self._told = folder / "url"
-        self._options = {
+        self._options: dict[str, Any] = {
             "home": str(self.home),
             "http": {"port": 0, "shutdown_seconds": 1},
-            "mqtt": broker.settings(**mqtt),
+            "mqtt": broker.settings(),
             "log": {"level": "error", "json_lines": True},
         }
         self.child: asyncio.subprocess.Process | None = None
+
+    def change(self, **mqtt: Any) -> None:
+        """Settings of its section [mqtt], before it starts."""
+        self._options["mqtt"] |= mqtt
 
     async def start(self) -> None:
         self._told.unlink(missing_ok=True)

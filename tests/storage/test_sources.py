@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import sources
-from storage.sources import BEGINNING, MOST, RESTART
+from storage.sources import GAPS, MOST, RESTART
 
 
 def after(*numbers: int) -> tuple[int | None, int]:
     """The last number and how many are missing, of a source that sent these."""
-    found = sources._counted(sources.Source("s", None, 0, 0, 0, NOW), [(seq, False) for seq in numbers])
+    found = sources._counted(sources.Source("s", None, (), 0, 0, 0, NOW), [(seq, False) for seq in numbers])
     return found.last_seq, found.missing
 
 
@@ -45,8 +45,7 @@ def test_numbers_that_are_left_out_are_missing_until_they_arrive(numbers, last, 
 def test_the_limits_of_a_restart_are_exact():
     assert after(2000, 2000 - RESTART) == (2000, 0)
     assert after(2000, 2000 - RESTART - 1) == (2000 - RESTART - 1, 0)
-    assert after(0, BEGINNING, 1) == (BEGINNING, BEGINNING - 2)
-    assert after(0, BEGINNING + 1, 1) == (1, BEGINNING)
+    assert after(0, 5000, 1) == (5000, 4998), "what is missing may arrive however late"
 
 
 @given(st.permutations(range(2, 40)), st.sets(st.integers(3, 38), max_size=10))
@@ -60,6 +59,19 @@ def test_whatever_numbers_come_the_counts_stay_small_and_none_is_negative(number
     last, missing = after(*numbers)
     assert last in numbers
     assert 0 <= missing <= MOST
+
+
+def test_missing_numbers_are_known_as_ranges_and_the_oldest_give_way():
+    def gaps(*numbers: int) -> sources.Gaps:
+        before = sources.Source("s", None, (), 0, 0, 0, NOW)
+        return sources._counted(before, [(seq, False) for seq in numbers]).gaps
+
+    assert gaps(1, 2, 6) == ((3, 5),)
+    assert gaps(1, 6, 4) == ((2, 3), (5, 5))
+    assert gaps(1, 6, 2, 5, 3, 4) == ()
+    assert gaps(1, 3, 5, 3, 3) == ((2, 2), (4, 4))
+    assert gaps(500, 503, 1) == (), "a source that was restarted does not send the old ones"
+    assert len(gaps(*range(0, 1000, 2))) == GAPS
 
 
 async def test_each_source_of_each_user_is_counted_by_itself(events, ann, bob):

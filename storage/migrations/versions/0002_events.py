@@ -60,6 +60,7 @@ def _sources() -> None:
         _user(),
         sa.Column("source", sa.String, nullable=False),
         sa.Column("last_seq", sa.Integer),
+        sa.Column("gaps", sa.JSON, nullable=False),
         sa.Column("missing", sa.Integer, nullable=False),
         sa.Column("events", sa.Integer, nullable=False),
         sa.Column("duplicates", sa.Integer, nullable=False),
