@@ -10,7 +10,7 @@ import msgspec
 
 from persona import chat_sampling
 from persona.chat import UNKNOWN_MODEL, require_question
-from persona.chat_reply import Ask, Reply
+from persona.chat_reply import Ask, Reply, about
 from persona.domain import Finish, Message, Role
 from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
@@ -143,17 +143,6 @@ def finish_reason(reply: Reply) -> str:
 def usage(reply: Reply) -> dict[str, int]:
     prompt = len(reply.sheet.prompt.rendered.tokens)
     return {"prompt_tokens": prompt, "completion_tokens": reply.tokens, "total_tokens": prompt + reply.tokens}
-
-
-def about(reply: Reply) -> dict[str, Any]:
-    """What persona adds: the turn's id for feedback, and where the exchange went."""
-    return {
-        "turn": reply.turn,
-        "version": reply.version.number if reply.version else None,
-        "conversation": reply.conversation,
-        "recorded": reply.recorded,
-        "finish": reply.finish,
-    }
 
 
 def error_body(error: PersonaError) -> dict[str, Any]:

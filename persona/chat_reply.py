@@ -7,6 +7,7 @@ cancel that task, and once nothing more is generated it is too late for that: re
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from persona.chat_tools import Call, Ear, Heard
 from persona.domain import Caller, EntryId, Finish, Message, Version
@@ -132,3 +133,14 @@ class Reply:
         if self.finish is None:
             self.finish = finish
             self._mail.put_nowait(failure or Piece("", finish))
+
+
+def about(reply: Reply) -> dict[str, Any]:
+    """What persona adds: the turn's id for feedback, and where the exchange went."""
+    return {
+        "turn": reply.turn,
+        "version": reply.version.number if reply.version else None,
+        "conversation": reply.conversation,
+        "recorded": reply.recorded,
+        "finish": reply.finish,
+    }

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 
 from persona.domain import Message, Role
-from persona.errors import TooLarge
+from persona.errors import RequestError, TooLarge
 
 MAX_TOOLS = 128
 MAX_TOOL_BYTES = 64 << 10  # of all descriptions together, as JSON
+MAX_NESTING = 64  # levels of a schema and of arguments
 
 _CALL = ("<tool_call>", "</tool_call>")
 _THOUGHT = ("<think>", "</think>")  # a call that stands in a thought is none
@@ -56,9 +57,11 @@ class Heard:
 
 
 def tell(tools: Sequence[Tool]) -> Message:
-    """The system text that names the tools. Raises TooLarge above MAX_TOOLS or MAX_TOOL_BYTES."""
+    """The system text that names the tools. Raises TooLarge or RequestError above one of the limits."""
     if len(tools) > MAX_TOOLS:
         raise TooLarge(f"A request has at most {MAX_TOOLS} tools.", param="tools")
+    for tool in tools:
+        _refuse_deep(tool.parameters)
     lines = [msgspec.json.encode(_signature(tool)).decode() for tool in tools]
     if sum(len(line.encode()) for line in lines) > MAX_TOOL_BYTES:
         raise TooLarge(f"The descriptions of all tools have at most {MAX_TOOL_BYTES} bytes.", param="tools")
@@ -66,7 +69,9 @@ def tell(tools: Sequence[Tool]) -> Message:
 
 
 def called(calls: Sequence[Call]) -> Message:
-    """Calls that the model made earlier, as it wrote them."""
+    """Calls that the model made earlier, as it wrote them. Raises RequestError above MAX_NESTING."""
+    for call in calls:
+        _refuse_deep(call.arguments)
     written = (msgspec.json.encode({"name": call.name, "arguments": call.arguments}).decode() for call in calls)
     return Message(Role.CALL, "\n".join(f"{_CALL[0]}\n{text}\n{_CALL[1]}" for text in written))
 
@@ -104,7 +109,7 @@ class Ear:
         """Let everything through up to the first of `tags`, and a thought's own tags with it."""
         at, tag = min(((self._rest.find(tag), tag) for tag in tags if tag in self._rest), default=(-1, ""))
         if not tag:
-            self._release(len(self._rest) - _held(self._rest, tags), said)
+            self._release(len(self._rest) - held(self._rest, tags), said)
             return False
         self._release(at if tag == _CALL[0] else at + len(tag), said)
         self._closing = {_CALL[0]: _CALL[1], _THOUGHT[0]: _THOUGHT[1]}.get(tag)
@@ -147,10 +152,21 @@ def _read(text: str) -> Call | None:
             arguments = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
-    return Call(written.name, arguments or {}) if written.name else None
+    return Call(written.name, arguments or {}) if written.name and _is_shallow(arguments) else None
 
 
-def _held(text: str, tags: tuple[str, ...]) -> int:
+def _refuse_deep(value: Any) -> None:
+    if not _is_shallow(value):
+        sentence = f"Parameters and arguments of tools are nested at most {MAX_NESTING} levels deep."
+        raise RequestError(sentence, code="unsupported_value", param="tools")
+
+
+def _is_shallow(value: Any, levels: int = MAX_NESTING) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_is_shallow(one, levels - 1) for one in inner)
+
+
+def held(text: str, tags: tuple[str, ...]) -> int:
     """How many characters at the end of `text` may be the beginning of a tag."""
     longest = max(len(tag) for tag in tags) - 1
     return next((n for n in range(min(longest, len(text)), 0, -1) if text.endswith(tuple(t[:n] for t in tags))), 0)

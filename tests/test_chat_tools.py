@@ -16,6 +16,7 @@ LAMP = '{"name": "turn_on", "arguments": {"lamp": "desk"}}'
 CALL = f"<tool_call>\n{LAMP}\n</tool_call>"
 TURN_ON = Call("turn_on", {"lamp": "desk"})
 PARTS = ["<tool_call>", "</tool_call>", "<think>", "</think>", LAMP, "{", "<", "Hello ", "<tool_", "call>", "\n", "é"]
+DEEP = '{"name": "a", "arguments": ' + '{"a": ' * 70 + "1" + "}" * 71
 TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=8), max_size=12).map("".join)
 
 
@@ -59,6 +60,7 @@ def test_several_calls_come_in_their_order() -> None:
         '{"name": 1}',
         '{"name": "a", "arguments": [1]}',
         LAMP[:-1],
+        DEEP,
         "[" * 9999,
     ],
     ids=lambda inner: inner[:20],
