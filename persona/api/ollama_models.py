@@ -104,4 +104,8 @@ def _details(deps: Services) -> dict[str, Any]:
 
 
 def _base_bytes(deps: Services) -> int:
-    return (deps.prepared.folder / "weights.safetensors").stat().st_size if deps.prepared else 0
+    """On disk; 0 where the engine keeps its base to itself, or the folder was deleted under it."""
+    try:
+        return (deps.prepared.folder / "weights.safetensors").stat().st_size if deps.prepared else 0
+    except OSError:
+        return 0

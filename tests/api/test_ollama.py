@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,12 +15,16 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 from live import Live, Start
+from models import Models
 
 import persona
 from persona import chat_ollama
+from persona.engine.client import LocalEngine
 from persona.engine.protocol import GenerateRequest
 from persona.engine.scripted import ScriptedEngine, ScriptedText
+from persona.engine.text import Text
 from persona.errors import Busy, EngineDown, PersonaError
+from persona.settings import Settings
 from persona.wire import decode
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -334,14 +339,23 @@ async def test_silence_is_bridged_by_empty_parts(start: Start) -> None:
     assert "".join(part.message.content for part in parts) == "slow"
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is watched has no event
+            await asyncio.sleep(0.01)
+
+
+async def gone(live: Live) -> None:
+    """Wait until the reply is aborted and on record."""
+    await until(lambda: live.engine.aborted == 1 and not live.services.chat.running)
+
+
 async def test_a_client_that_leaves_ends_the_generation(start: Start) -> None:
     live = await start(ScriptedEngine(" ".join(["word"] * 500), delay=0.01))
     stream = await (await live.ollama()).chat("persona", HI, stream=True)
     await anext(stream)
     await stream.aclose()
-    async with asyncio.timeout(5):
-        while live.engine.aborted == 0 or live.services.chat.running:  # noqa: ASYNC110 - what is watched has no event
-            await asyncio.sleep(0.01)
+    await gone(live)
     page = await live.call("GET", "/v1/me/history")
     assert [entry["finish"] for entry in page["data"]] == [None, "abort"]
 
@@ -480,6 +494,49 @@ async def test_a_conversation_cut_to_its_end_is_answered(live: Live) -> None:
     answer = await (await live.ollama()).chat("persona", messages, tools=[LAMP])
     assert answer.message.content == "Hello."
     assert "(no output)" in read(live.engine.requests[-1])
+
+
+async def test_a_call_that_a_client_does_not_wait_for_is_no_history(start: Start) -> None:
+    words = " ".join(["word"] * 500)
+    live = await start(ScriptedEngine(f'Wait. <tool_call> {{"name": "{words}', delay=0.01))
+    stream = await (await live.ollama()).chat("persona", HI, tools=[LAMP], stream=True)
+    await anext(stream)
+    (reply,) = live.services.chat.running
+    await until(lambda: reply.tokens > 5)
+    await stream.aclose()
+    await gone(live)
+    assert await live.history() == [("user", "hi"), ("assistant", "Wait.")]
+
+
+@pytest.fixture
+async def tiny(start: Start, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Live]:
+    """The service over a real engine process, whose tiny model says nothing sensible."""
+    prepared = Models(tmp_path_factory.getbasetemp() / "models").prepared()
+    sections: Any = {"model": {"device": "cpu"}, "engine": {"context": 1024, "memory_mb": 64, "threads": 1}}
+    changed = {name: {**settings.model_dump()[name], **values} for name, values in sections.items()}
+    engine = LocalEngine(Settings.model_validate({**settings.model_dump(), **changed}), prepared)
+    await engine.start()
+    try:
+        yield await start(engine, tokenizer=Text.load(prepared.folder), prepared=prepared, **sections)
+    finally:
+        await engine.stop()
+
+
+async def test_a_real_engine_hears_of_tools_and_goes_on_after_their_results(tiny: Live) -> None:
+    client = await tiny.ollama()
+    (loaded,) = (await client.ps()).models
+    assert loaded.size > 0
+    assert (loaded.size_vram, loaded.details.quantization_level) == (0, "int4")
+    assert all(model.size > 0 for model in (await client.list()).models)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    messages: Any = [*HI, call, {"role": "tool", "content": '{"data": 1}'}]
+    options = {"num_predict": 12, "temperature": 0}
+    whole = await client.chat("persona", messages, tools=[LAMP], options=options, think=False)
+    stream = await client.chat("persona", messages, tools=[LAMP], options=options, think=False, stream=True)
+    parts = [part async for part in stream]
+    assert "".join(part.message.content for part in parts) == whole.message.content
+    assert parts[-1].eval_count == whole.eval_count == 12
+    assert parts[-1].prompt_eval_duration > 0
 
 
 # Devices, and clients that know nothing but an address.
