@@ -343,8 +343,8 @@ def _elsewhere(entries: list[Entry], placement: Placement) -> list[Entry]:
 
 
 def _question(ask: Ask) -> str:
-    """What entries and states are looked for by."""
-    return ask.messages[-1].text[:_QUERY_CHARS]
+    """What entries and states are looked for by: the user's last words, while tools are called too."""
+    return next((m.text for m in reversed(ask.messages) if m.role is Role.USER), "")[:_QUERY_CHARS]
 
 
 def is_task(messages: tuple[Message, ...]) -> bool:

@@ -8,18 +8,14 @@ from typing import Any
 
 import msgspec
 
+from persona import chat_sampling
 from persona.chat import UNKNOWN_MODEL, require_question
-from persona.chat_reply import Ask, Reply
+from persona.chat_reply import Ask, Reply, about
 from persona.domain import Finish, Message, Role
-from persona.engine.protocol import Sampling
 from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
-DEFAULT_TEMPERATURE = 0.7  # a small model wanders at OpenAI's 1.0
 MAX_MESSAGES = 4096
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
 MAX_MODEL_CHARS = 64
-_SEED = 1 << 63
 
 _ROLES = {
     "system": Role.SYSTEM,
@@ -102,7 +98,7 @@ def understand(wire: Completion, max_reply: int) -> Ask:
     ask = Ask(
         model=wire.model,
         messages=_messages(wire.messages),
-        sampling=_sampling(wire),
+        sampling=chat_sampling.sampling(wire.temperature, wire.top_p, wire.seed, wire.stop),
         max_tokens=_max_tokens(wire, max_reply),
         store=wire.store is not False,
         conversation=_conversation(wire.metadata),
@@ -149,17 +145,6 @@ def usage(reply: Reply) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": reply.tokens, "total_tokens": prompt + reply.tokens}
 
 
-def about(reply: Reply) -> dict[str, Any]:
-    """What persona adds: the turn's id for feedback, and where the exchange went."""
-    return {
-        "turn": reply.turn,
-        "version": reply.version.number if reply.version else None,
-        "conversation": reply.conversation,
-        "recorded": reply.recorded,
-        "finish": reply.finish,
-    }
-
-
 def error_body(error: PersonaError) -> dict[str, Any]:
     """OpenAI's error object."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error")
@@ -202,36 +187,10 @@ def _part(number: int, part: dict[str, Any]) -> str:
     return text
 
 
-def _sampling(wire: Completion) -> Sampling:
-    temperature = DEFAULT_TEMPERATURE if wire.temperature is None else _within("temperature", wire.temperature, 0, 2)
-    top_p = 1.0 if wire.top_p is None else _within("top_p", wire.top_p, 0, 1)
-    if top_p == 0:  # the smallest nucleus is the likeliest token
-        temperature, top_p = 0.0, 1.0
-    if wire.seed is not None and not -_SEED <= wire.seed < _SEED:
-        raise RequestError("seed does not fit into 64 bits.", code="unsupported_value", param="seed")
-    return Sampling(temperature=temperature, top_p=top_p, seed=wire.seed, stop=_stops(wire.stop))
-
-
-def _within(name: str, value: float, low: float, high: float) -> float:
-    if not low <= value <= high:
-        raise RequestError(f"{name} lies between {low} and {high}.", code="unsupported_value", param=name)
-    return value
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stops) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_CHARS for text in stops):
-        sentence = f"stop takes up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters."
-        raise RequestError(sentence, code="unsupported_value", param="stop")
-    return stops
-
-
 def _max_tokens(wire: Completion, most: int) -> int | None:
-    name = "max_completion_tokens" if wire.max_completion_tokens is not None else "max_tokens"
-    wanted = wire.max_completion_tokens if wire.max_completion_tokens is not None else wire.max_tokens
-    if wanted is not None and not 1 <= wanted <= most:
-        raise RequestError(f"{name} lies between 1 and {most}.", code="unsupported_value", param=name)
-    return wanted
+    if wire.max_completion_tokens is not None:
+        return chat_sampling.max_tokens("max_completion_tokens", wire.max_completion_tokens, most)
+    return chat_sampling.max_tokens("max_tokens", wire.max_tokens, most)
 
 
 def _conversation(metadata: dict[str, Any] | None) -> str | None:

@@ -7,7 +7,9 @@ cancel that task, and once nothing more is generated it is too late for that: re
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from persona.chat_tools import Call, Ear, Heard
 from persona.domain import Caller, EntryId, Finish, Message, Version
 from persona.engine.protocol import Chunk, Sampling
 from persona.prompt import Prompt
@@ -24,6 +26,7 @@ class Ask:
     max_tokens: int | None = None
     store: bool = True
     conversation: str | None = None
+    tools: bool = False  # the reply may call tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +51,18 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a reply; the last one has its finish."""
+    """A piece of a reply, text and calls of tools; the last one has its finish."""
 
     text: str
     finish: Finish | None = None
+    calls: tuple[Call, ...] = ()
 
 
 class Reply:
     """A reply under way: the mailbox between the task that generates it and the handler that sends it.
 
-    After the last piece `turn` is the id under which the reply is stored, None if it is not.
+    After the last piece `turn` is the id under which the reply is stored, None if it is not. `text` has no calls in
+    it: they are for the client alone, and no history.
     """
 
     def __init__(self, caller: Caller, ask: Ask, sheet: Sheet) -> None:
@@ -66,11 +71,14 @@ class Reply:
         self.sheet = sheet
         self.recorded = sheet.recorded
         self.tokens = 0
+        self.first: float | None = None  # time of the event loop at the first token
+        self.calls: list[Call] = []
         self.finish: Finish | None = None
         self.turn: EntryId | None = None
         self.task: asyncio.Task[None] | None = None
         self.settled = False  # nothing more is generated; from here on it is recorded undisturbed
         self._said: list[str] = []
+        self._ear = Ear() if ask.tools else None
         # Never longer than max_tokens, because the engine sends at most one piece a token.
         self._mail: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
@@ -110,11 +118,29 @@ class Reply:
 
     def hear(self, chunk: Chunk) -> None:
         self.tokens = max(self.tokens, chunk.tokens)
-        if chunk.text:
-            self._said.append(chunk.text)
-            self._mail.put_nowait(Piece(chunk.text))
+        self.first = self.first or asyncio.get_running_loop().time()
+        self._deliver(self._ear.hear(chunk.text) if self._ear else Heard(chunk.text))
+        if self._ear and chunk.finish in (Finish.STOP, Finish.LENGTH):
+            self._deliver(self._ear.end())
+
+    def _deliver(self, heard: Heard) -> None:
+        if heard.text or heard.calls:
+            self._said.append(heard.text)
+            self.calls += heard.calls
+            self._mail.put_nowait(Piece(heard.text, calls=heard.calls))
 
     def end(self, finish: Finish, failure: Exception | None = None) -> None:
         if self.finish is None:
             self.finish = finish
             self._mail.put_nowait(failure or Piece("", finish))
+
+
+def about(reply: Reply) -> dict[str, Any]:
+    """What persona adds: the turn's id for feedback, and where the exchange went."""
+    return {
+        "turn": reply.turn,
+        "version": reply.version.number if reply.version else None,
+        "conversation": reply.conversation,
+        "recorded": reply.recorded,
+        "finish": reply.finish,
+    }

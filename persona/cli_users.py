@@ -3,7 +3,7 @@
 A key is shown once, when it is made; the service keeps only its digest.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
@@ -15,17 +15,25 @@ users = typer.Typer(help="Users: who persona learns from.", no_args_is_help=True
 keys = typer.Typer(help="Keys: what a user's clients present.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="Name of the user.")]
-Learn = Annotated[bool, typer.Option("--learn/--no-learn", help="Whether what is said becomes history.")]
+Learn = Annotated[
+    bool | None, typer.Option("--learn/--no-learn", help="Whether what is said becomes history.  [default: yes]")
+]
+Device = Annotated[
+    bool, typer.Option("--device", help="Several people speak to it: what is said is no history, unless --learn.")
+]
 
 
 @users.command("add")
-def add_user(context: typer.Context, name: Name, learn: Learn = True, json: Json = False) -> None:
+def add_user(
+    context: typer.Context, name: Name, learn: Learn = None, device: Device = False, json: Json = False
+) -> None:
     """Make a user and a first key, which is shown once."""
-    made = Link(settings(context)).ask("POST", "/admin/users", json={"name": name, "learn": learn})
+    body = {"name": name, "learn": learn, "device": device}
+    made = Link(settings(context)).ask("POST", "/admin/users", json=body)
     if json:
         emit({"user": made["user"], "key": made["key"]})
     else:
-        say(f"{made['user']} may now ask with the key {made['key']} — it is not shown again.")
+        say(f"{made['user']} may now ask with the key {made['key']} — it is not shown again.{_memory(made)}")
 
 
 @users.command("list")
@@ -43,15 +51,17 @@ def add_key(
     context: typer.Context,
     name: Name,
     label: Annotated[str, typer.Option(help="A word to know the key by.")] = "",
-    learn: Learn = True,
+    learn: Learn = None,
+    device: Device = False,
     json: Json = False,
 ) -> None:
     """Make another key for a user, which is shown once."""
-    made = Link(settings(context)).ask("POST", _keys(name), json={"label": label, "learn": learn})
+    body = {"label": label, "learn": learn, "device": device}
+    made = Link(settings(context)).ask("POST", _keys(name), json=body)
     if json:
         emit(made)
     else:
-        say(f"Key {made['id']} of {name}: {made['key']} — it is not shown again.")
+        say(f"Key {made['id']} of {name}: {made['key']} — it is not shown again.{_memory(made)}")
 
 
 @keys.command("list")
@@ -71,6 +81,10 @@ def revoke_key(
     """Make a key useless at once."""
     Link(settings(context)).ask("DELETE", f"{_keys(name)}/{key}")
     say(f"Key {key} of {name} is revoked.")
+
+
+def _memory(made: dict[str, Any]) -> str:
+    return "" if made["learn"] else " What is said with it is answered and not recorded."
 
 
 def _keys(name: str) -> str:

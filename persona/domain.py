@@ -19,7 +19,8 @@ class Role(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
-    TOOL = "tool"
+    TOOL = "tool"  # what a tool gave back; no turn
+    CALL = "call"  # the assistant calls tools; no turn
 
 
 class Origin(StrEnum):

@@ -10,6 +10,7 @@ import pytest
 from live import Live, Start
 
 from persona import app
+from persona.domain import ChatTokenizer
 from persona.engine.prepare import Prepared
 from persona.engine.scripted import ScriptedEngine, ScriptedText
 from persona.settings import Settings
@@ -27,14 +28,19 @@ async def start(settings: Settings) -> AsyncIterator[Start]:
     async with AsyncExitStack() as stack:
 
         async def begin(
-            scripted: ScriptedEngine | None = None, /, *, prepared: Prepared | None = None, **sections: dict[str, Any]
+            given: Any = None,
+            /,
+            *,
+            tokenizer: ChatTokenizer | None = None,
+            prepared: Prepared | None = None,
+            **sections: dict[str, Any],
         ) -> Live:
-            engine = scripted or ScriptedEngine()
+            engine = given or ScriptedEngine()
             changed = settings.model_dump()
             for name, values in sections.items():
                 changed[name] = {**changed[name], **values}
             chosen = Settings.model_validate(changed)
-            parts: dict[str, Any] = {"engine": engine, "tokenizer": ScriptedText(), "prepared": prepared}
+            parts: dict[str, Any] = {"engine": engine, "tokenizer": tokenizer or ScriptedText(), "prepared": prepared}
             house = await stack.enter_async_context(app.build(chosen, **parts))
             connector = aiohttp.UnixConnector(path=str(chosen.admin_socket))
             admin = await stack.enter_async_context(aiohttp.ClientSession("http://persona", connector=connector))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import ollama
 import openai
 
 from persona import app
@@ -56,6 +57,13 @@ class Live:
         """The official client, as that user; it does not retry unless told."""
         options = {"max_retries": 0, **options}
         client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=await self.key(name), **options)
+        self.stack.push_async_callback(client.close)
+        return client
+
+    async def ollama(self, name: str = "ann", **options: Any) -> ollama.AsyncClient:
+        """The official client, as that user."""
+        headers = {"Authorization": f"Bearer {await self.key(name)}"}
+        client = ollama.AsyncClient(self.url, **{"headers": headers, **options})
         self.stack.push_async_callback(client.close)
         return client
 

@@ -248,6 +248,15 @@ def test_a_key_can_be_added_listed_and_revoked(service: Running) -> None:
     refused(run("keys", "list", "ben"), "no user of that name")
 
 
+def test_a_device_that_several_people_speak_to_does_not_learn_unless_told(service: Running) -> None:
+    assert "not recorded" in run("users", "add", "kitchen", "--device").stdout
+    assert [user["learn"] for user in answered("users", "list")] == [False]
+    answered("users", "add", "ann")
+    assert answered("keys", "add", "ann", "--device")["learn"] is False
+    assert answered("keys", "add", "ann", "--device", "--learn")["learn"] is True
+    assert "not recorded" not in run("keys", "add", "ann").stdout
+
+
 def test_history_is_imported_once_however_often_the_command_runs(service: Running) -> None:
     answered("users", "add", "eric")
     words = ("history", "import", str(DATA / "eric.jsonl"), "--user", "eric")

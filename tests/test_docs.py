@@ -41,7 +41,7 @@ def paths(routed: Iterable[web.RouteDef]) -> list[str]:
     return [f"{route.method} {re.sub(r':[^}]*', '', route.path)}" for route in routed]
 
 
-@pytest.mark.parametrize("route", paths((*routes.OPS, *routes.USERS)))
+@pytest.mark.parametrize("route", paths((*routes.OPS, *routes.USERS, *routes.OLLAMA)))
 def test_every_route_is_in_the_readme(route: str) -> None:
     assert f"`{route}`" in README, f"README.md does not name {route}"
 

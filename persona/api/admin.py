@@ -17,14 +17,23 @@ from persona.errors import NotFound, PersonaError, RequestError
 MAX_LABEL = 100
 
 
-class NewUser(msgspec.Struct):
+class Learning(msgspec.Struct, kw_only=True):
+    """What several people speak to (`device`) learns only if that is said."""
+
+    learn: bool | None = None
+    device: bool = False
+
+    @property
+    def learns(self) -> bool:
+        return not self.device if self.learn is None else self.learn
+
+
+class NewUser(Learning):
     name: str
-    learn: bool = True
 
 
-class NewKey(msgspec.Struct):
+class NewKey(Learning):
     label: str = ""
-    learn: bool = True
 
 
 class Backup(msgspec.Struct):
@@ -34,9 +43,9 @@ class Backup(msgspec.Struct):
 async def add_user(request: web.Request) -> web.Response:
     wire = await bodies.read_json(request, NewUser)
     users = services(request).users
-    user = await users.add(wire.name, learn=wire.learn)
+    user = await users.add(wire.name, learn=wire.learns)
     key_id, secret = await users.add_key(user.id, label="first")
-    return web.json_response({"user": user.name, "key": secret, "id": key_id}, status=201)
+    return web.json_response({"user": user.name, "key": secret, "id": key_id, "learn": user.learn}, status=201)
 
 
 async def list_users(request: web.Request) -> web.Response:
@@ -49,8 +58,9 @@ async def add_key(request: web.Request) -> web.Response:
     if len(wire.label) > MAX_LABEL:
         raise RequestError(f"A label has at most {MAX_LABEL} characters.", param="label")
     user = await _user(request)
-    key_id, secret = await services(request).users.add_key(user.id, learn=wire.learn, label=wire.label)
-    return web.json_response({"user": user.name, "id": key_id, "key": secret}, status=201)
+    key_id, secret = await services(request).users.add_key(user.id, learn=wire.learns, label=wire.label)
+    learns = user.learn and wire.learns
+    return web.json_response({"user": user.name, "id": key_id, "key": secret, "learn": learns}, status=201)
 
 
 async def list_keys(request: web.Request) -> web.Response:

@@ -1,7 +1,8 @@
 """Who may ask: default deny. Without a key only the routes in PUBLIC answer, and LOOPBACK to this machine.
 
 On TCP the key names the caller; on the admin socket, which only its owner can open, a header does. A wrong key
-costs the address that sent it, never the key of somebody else behind the same address.
+costs the address that sent it, never the key of somebody else behind the same address. A client that knows nothing but
+an address may carry the key in its path: it names the caller there and is logged as little as in a header.
 """
 
 import time
@@ -19,6 +20,7 @@ from persona.errors import Busy, NotFound, Unauthorized
 
 PUBLIC = frozenset({"/health", "/ready"})
 LOOPBACK = frozenset({"/metrics"})  # counts only; from elsewhere with any key
+KEYED = "/key"  # before a key in the path
 USER_HEADER = "x-persona-user"
 _ADDRESSES = 4096  # remembered at most; the oldest give way
 
@@ -46,7 +48,7 @@ class Failures:
 
 
 def by_key(failures: Failures) -> Middleware:
-    """The middleware of the TCP address: `Authorization: Bearer KEY`, or no answer but a refusal."""
+    """The middleware of the TCP address: `Authorization: Bearer KEY` or /key/KEY/…, or no answer but a refusal."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -60,7 +62,7 @@ def by_key(failures: Failures) -> Middleware:
 @web.middleware
 async def by_header(request: web.Request, handler: Handler) -> web.StreamResponse:
     """The middleware of the admin socket: `x-persona-user` names the caller of a user's own routes."""
-    if route_of(request).startswith("/v1/"):
+    if route_of(request).startswith(("/v1/", "/api/")):
         name = request.headers.get(USER_HEADER)
         if not name:
             raise Unauthorized(f"Name the user in the header {USER_HEADER}.")
@@ -77,16 +79,21 @@ def _open(request: web.Request) -> bool:
 
 
 async def _caller(request: web.Request, failures: Failures) -> Caller:
-    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-    secret = secret.strip()
-    known = None
-    if scheme.lower() == "bearer" and secret and secret.isascii():
-        known = await services(request).users.authenticate(secret)
+    secret = _secret(request)
+    known = await services(request).users.authenticate(secret) if secret and secret.isascii() else None
     if known is None:
         services(request).metrics.refused_keys.inc()
         failures.note(request.remote or "")
         raise Unauthorized("Send a valid key as «Authorization: Bearer KEY»; `persona keys add NAME` makes one.")
     return known
+
+
+def _secret(request: web.Request) -> str:
+    """The key in the path, whether or not something lies there, or that of the header."""
+    if request.path.startswith(f"{KEYED}/"):
+        return request.path.removeprefix(f"{KEYED}/").partition("/")[0]
+    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else ""
 
 
 def _is_loopback(address: str | None) -> bool:

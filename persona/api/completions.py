@@ -10,10 +10,10 @@ from typing import Any
 from aiohttp import web
 
 from persona import chat_openai
-from persona.api import bodies, errors
+from persona.api import bodies, errors, views
 from persona.api.services import Services, caller, services
 from persona.api.sse import EventStream
-from persona.chat_reply import Piece, Reply
+from persona.chat_reply import Piece, Reply, about
 from persona.errors import PersonaError
 from persona.wire import dumps
 
@@ -38,14 +38,14 @@ async def _whole(request: web.Request, reply: Reply) -> web.Response:
         if piece is not None and piece.finish is not None:
             break
     answer = chat_openai.completion(reply, _head(services(request), reply))
-    return web.json_response(answer, headers=_headers(reply), dumps=dumps)
+    return web.json_response(answer, headers=views.reply_headers(reply), dumps=dumps)
 
 
 async def _stream(request: web.Request, reply: Reply, *, usage: bool) -> web.StreamResponse:
     deps = services(request)
     http = deps.settings.http
     first = await reply.next(http.ping_seconds)
-    events = EventStream(request, _headers(reply), http.write_seconds)
+    events = EventStream(request, views.reply_headers(reply), http.write_seconds)
     events.response.headers["x-request-id"] = request[errors.REQUEST_ID]
     await events.open()
     try:
@@ -92,8 +92,7 @@ class _Chunks:
         return {**chunk, "usage": None} if self._usage else chunk
 
     def last(self) -> list[dict[str, Any]]:
-        about = {"persona": chat_openai.about(self._reply)}
-        end = {**self.of({}, chat_openai.finish_reason(self._reply)), **about}
+        end = {**self.of({}, chat_openai.finish_reason(self._reply)), "persona": about(self._reply)}
         if not self._usage:
             return [end]
         return [end, {**chat_openai.chunk(self._head, {}), "choices": [], "usage": chat_openai.usage(self._reply)}]
@@ -102,16 +101,3 @@ class _Chunks:
 def _head(deps: Services, reply: Reply) -> dict[str, Any]:
     created = int(deps.clock().timestamp())
     return chat_openai.head(reply, f"chatcmpl-{secrets.token_hex(12)}", created, deps.base())
-
-
-def _headers(reply: Reply) -> dict[str, str]:
-    """The turn's id is known once the reply is on record: in a stream it stands in the last chunk instead."""
-    headers = {
-        "x-persona-recorded": "true" if reply.recorded else "false",
-        "x-persona-version": str(reply.version.number if reply.version else 0),
-    }
-    if reply.conversation:
-        headers["x-persona-conversation"] = reply.conversation
-    if reply.turn is not None:
-        headers["x-persona-turn"] = str(reply.turn)
-    return headers

@@ -1,4 +1,4 @@
-"""The outermost middleware: every request gets an answer, and every refusal has OpenAI's error body.
+"""The outermost middleware: every request gets an answer, and every refusal the error body of its surface.
 
 One log line a request, with the route's template in place of its path; what went wrong unexpectedly is logged by
 kind and place, never by its message, which may quote a user.
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from aiohttp import web
 
-from persona import chat_openai
+from persona import chat_ollama, chat_openai
 from persona.api.services import CALLER, services
 from persona.errors import Busy, NotFound, PersonaError, StorageFull
 
@@ -24,6 +24,7 @@ REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id")
 # Where OpenAI's clients expect another status than the tree's.
 _STATUS = {"context_length_exceeded": 400}
 _CLIENT_LEFT = 499  # nginx's word for it
+_OLLAMA = ("/api/", "/key/")
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 _FULL_RETRY = 60  # seconds until a full disk may have been noticed by somebody
 _UNEXPECTED = "Something went wrong on our side; the log names it by this answer's x-request-id."
@@ -51,10 +52,11 @@ def unexpected(request: web.Request, error: Exception) -> PersonaError:
     return PersonaError(_UNEXPECTED)
 
 
-def refusal(error: PersonaError) -> web.Response:
+def refusal(request: web.Request, error: PersonaError) -> web.Response:
     """The response to a request that cannot be met."""
     status = _STATUS.get(error.code, error.status)
-    response = web.json_response(chat_openai.error_body(error), status=status)
+    body = chat_ollama.error_body if request.path.startswith(_OLLAMA) else chat_openai.error_body
+    response = web.json_response(body(error), status=status)
     if isinstance(error, Busy):
         response.headers["Retry-After"] = str(error.retry_after)
     elif isinstance(error, StorageFull):
@@ -78,13 +80,13 @@ async def _respond(request: web.Request, handler: Handler) -> web.StreamResponse
     except PersonaError as error:
         if error.status >= 500 and not isinstance(error, Busy):
             log.error("request refused", request=request[REQUEST_ID], kind=type(error).__name__, code=error.code)
-        response = refusal(error)
+        response = refusal(request, error)
     except web.HTTPException as error:
-        response = refusal(_translated(error))
+        response = refusal(request, _translated(error))
     except ConnectionError:
         return web.Response(status=_CLIENT_LEFT)  # nobody reads it
     except Exception as error:
-        response = refusal(unexpected(request, error))
+        response = refusal(request, unexpected(request, error))
     if not response.prepared:
         response.headers["x-request-id"] = request[REQUEST_ID]
         response.headers["x-content-type-options"] = "nosniff"

@@ -35,11 +35,12 @@ async def ready(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     deps = services(request)
-    page = deps.metrics.page(await _engine(deps), len(deps.chat.running))
+    page = deps.metrics.page(await engine(deps), len(deps.chat.running))
     return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-async def _engine(deps: Services) -> Health | None:
+async def engine(deps: Services) -> Health | None:
+    """What the engine says of itself, or None if it does not within ENGINE_SECONDS."""
     try:
         async with asyncio.timeout(ENGINE_SECONDS):
             return await deps.engine.health()
@@ -48,7 +49,7 @@ async def _engine(deps: Services) -> Health | None:
 
 
 async def _engine_trouble(deps: Services) -> str | None:
-    return None if await _engine(deps) else "The engine does not answer; it is being started."
+    return None if await engine(deps) else "The engine does not answer; it is being started."
 
 
 async def _database_trouble(deps: Services) -> str | None:

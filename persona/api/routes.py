@@ -6,7 +6,22 @@ The TCP application and the admin socket share the users' own routes; only the w
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from persona.api import admin, archive, auth, completions, errors, events, forget, history, me, models, ops, versions
+from persona.api import (
+    admin,
+    archive,
+    auth,
+    completions,
+    errors,
+    events,
+    forget,
+    history,
+    me,
+    models,
+    ollama,
+    ollama_models,
+    ops,
+    versions,
+)
 from persona.api.services import SERVICES, Services
 
 OPS = (
@@ -41,6 +56,16 @@ USERS = (
     web.get("/v1/me/export", archive.export),
     web.post("/v1/me/forget", forget.forget),
 )
+OLLAMA = (
+    web.post("/api/chat", ollama.chat),
+    web.get("/api/tags", ollama_models.tags),
+    web.get("/api/ps", ollama_models.running),
+    web.get("/api/version", ollama_models.version),
+    web.post("/api/show", ollama_models.show),
+    web.post("/api/pull", ollama_models.pull),
+)
+# For clients that can be told nothing but an address.
+KEYED = tuple(web.route(route.method, f"{auth.KEYED}/{{key}}{route.path}", route.handler) for route in OLLAMA)
 ADMIN = (
     web.post("/admin/users", admin.add_user),
     web.get("/admin/users", admin.list_users),
@@ -60,12 +85,12 @@ ADMIN = (
 def public_application(services: Services) -> web.Application:
     """What listens on TCP: a key for everything but the explicit public list."""
     failures = auth.Failures(services.settings.http.failures_per_minute)
-    return _application(services, [errors.answer, auth.by_key(failures)], (*OPS, *USERS))
+    return _application(services, [errors.answer, auth.by_key(failures)], (*OPS, *USERS, *OLLAMA, *KEYED))
 
 
 def admin_application(services: Services) -> web.Application:
     """What listens on the admin socket: whoever can open it may do everything."""
-    return _application(services, [errors.answer, auth.by_header], (*OPS, *USERS, *ADMIN))
+    return _application(services, [errors.answer, auth.by_header], (*OPS, *USERS, *OLLAMA, *ADMIN))
 
 
 def _application(

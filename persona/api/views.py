@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from persona.chat_reply import Sheet
+from persona.chat_reply import Reply, Sheet
 from persona.domain import Entry, Fact, Run, User, Version
 from persona.engine.protocol import Progress
 from persona.prompt import Used
@@ -151,6 +151,19 @@ def sheet(one: Sheet) -> dict[str, Any]:
         "messages": [{"role": message.role, "content": message.text} for message in one.prompt.messages],
         "used": [_used(used) for used in one.prompt.used],
     }
+
+
+def reply_headers(reply: Reply) -> dict[str, str]:
+    """The turn's id is known once the reply is on record: in a stream it stands in the last chunk instead."""
+    headers = {
+        "x-persona-recorded": "true" if reply.recorded else "false",
+        "x-persona-version": str(reply.version.number if reply.version else 0),
+    }
+    if reply.conversation:
+        headers["x-persona-conversation"] = reply.conversation
+    if reply.turn is not None:
+        headers["x-persona-turn"] = str(reply.turn)
+    return headers
 
 
 def _used(one: Used) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from persona.errors import Busy
 
 def paths(application: web.Application) -> list[tuple[str, str]]:
     """Every route as (method, path), with something in the place of each variable."""
-    values = {"{model}": "persona", "{name}": "ann", "{id}": "1"}
+    values = {"{model}": "persona", "{name}": "ann", "{id}": "1", "{key}": "pk-wrong"}
     found = []
     for route in application.router.routes():
         if route.resource is not None and route.method != "HEAD":
@@ -23,16 +23,20 @@ def paths(application: web.Application) -> list[tuple[str, str]]:
     return found
 
 
+def is_ollamas(path: str) -> bool:
+    return path.startswith(("/api/", "/key/"))
+
+
 async def test_threat_01_every_route_without_a_key_is_refused_but_the_public_list(start: Start) -> None:
     live = await start(http={"failures_per_minute": 1000})
     walked = paths(routes.public_application(live.services))
-    assert len(walked) >= 20
+    assert len(walked) >= 30
     answered = set()
     for method, path in walked:
         async with live.http.request(method, path) as answer:
             if answer.status == 401:
-                body = await answer.json()
-                assert body["error"]["code"] == "invalid_api_key"
+                error = (await answer.json())["error"]
+                assert isinstance(error, str) if is_ollamas(path) else error["code"] == "invalid_api_key"
                 assert answer.headers["www-authenticate"] == "Bearer"
             else:
                 answered.add(path)
@@ -181,6 +185,12 @@ OWNED_BODIES: list[tuple[str, Any, Any]] = [
         {"model": "persona@1", "messages": [{"role": "user", "content": "x"}]},
         {"model": "persona@999", "messages": [{"role": "user", "content": "x"}]},
     ),
+    (
+        "/api/chat",
+        {"model": "persona@1:latest", "messages": [{"role": "user", "content": "x"}], "stream": False},
+        {"model": "persona@999", "messages": [{"role": "user", "content": "x"}], "stream": False},
+    ),
+    ("/api/show", {"model": "persona@1"}, {"model": "persona@999:latest"}),
 ]
 
 

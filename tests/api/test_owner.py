@@ -62,6 +62,35 @@ async def test_a_key_that_does_not_learn_records_nothing(live: Live) -> None:
     assert await live.history() == []
 
 
+@pytest.mark.parametrize(
+    ("body", "learns"),
+    [
+        ({}, True),
+        ({"device": True}, False),
+        ({"device": True, "learn": True}, True),
+        ({"device": False, "learn": False}, False),
+        ({"device": False, "learn": None}, True),
+    ],
+    ids=str,
+)
+async def test_what_several_people_speak_to_learns_only_if_that_is_said(
+    live: Live, body: dict[str, Any], learns: bool
+) -> None:
+    made = await admin(live, "POST", "/admin/users", 201, json={"name": "kitchen", **body})
+    assert made["learn"] is learns
+    assert [row["learn"] for row in (await admin(live, "GET", "/admin/users"))["data"]] == [learns]
+    await live.key("ann")
+    made = await admin(live, "POST", "/admin/users/ann/keys", 201, json=body)
+    assert made["learn"] is learns
+    live.keys["ann"] = made["key"]
+    assert (await live.say("hi"))["persona"]["recorded"] is learns
+
+
+async def test_a_learning_key_of_a_user_who_does_not_learn_does_not_learn(live: Live) -> None:
+    await live.key("kitchen", learn=False)
+    assert (await admin(live, "POST", "/admin/users/kitchen/keys", 201, json={"learn": True}))["learn"] is False
+
+
 async def test_status_tells_what_runs(live: Live) -> None:
     await live.key("ann")
     status = await admin(live, "GET", "/admin/status")

@@ -52,13 +52,62 @@ async def everything_that_can_go_wrong(live: Live, engine: ScriptedEngine) -> No
     await live.call("GET", f"/v1/{CANARY}?{CANARY}={CANARY}", status=404)
     await live.call("GET", f"/v1/me/runs/{CANARY}", status=404)
     await live.call("GET", "/v1/me", user=None, headers={"Authorization": f"Bearer {CANARY}"}, status=401)
+    await everything_that_ollamas_clients_do_wrong(live)
     await live.call("POST", "/v1/me/forget", json={"confirm": CANARY}, status=400)
     for failure in (ValueError(CANARY), EngineDown("down"), KeyError(CANARY)):
         engine.failure = failure
-        await live.say(CANARY, status=503 if isinstance(failure, EngineDown) else 500)
-        await live.say(CANARY, stream=True, status=503 if isinstance(failure, EngineDown) else 500)
+        status = 503 if isinstance(failure, EngineDown) else 500
+        await live.say(CANARY, status=status)
+        await live.say(CANARY, stream=True, status=status)
+        await live.call("POST", "/api/chat", json={"model": "persona", "messages": [user]}, status=status)
     engine.failure = None
     await live.call("POST", "/v1/me/train?wait=20")
+
+
+async def everything_that_ollamas_clients_do_wrong(live: Live) -> None:
+    """Each request with the canary in it, in place of the key too."""
+    user = {"role": "user", "content": f"{CANARY} hello"}
+    tool = {"function": {"name": CANARY, "description": CANARY, "parameters": {CANARY: CANARY}}}
+    call = {"role": "assistant", "content": CANARY, "tool_calls": [{"function": {"name": CANARY}}]}
+    good: dict[str, Any] = {"model": "persona", "messages": [user, call, {"role": "tool", "content": CANARY}]}
+    await live.call("POST", "/api/chat", json={**good, "stream": False, "tools": [tool]})
+    for change in (
+        {"format": {CANARY: 1}},
+        {"options": {"temperature": CANARY}},
+        {"options": {"stop": [CANARY * 100]}},
+        {"messages": [{"role": CANARY}]},
+        {"messages": [{"role": "user", "images": [CANARY]}]},
+        {"tools": [{**tool, "type": CANARY}]},
+        {"tools": [CANARY]},
+    ):
+        await live.call("POST", "/api/chat", json={**good, **change}, status=400)
+    await live.call("POST", "/api/chat", json={**good, "model": CANARY}, status=404)
+    await live.call("POST", "/api/show", json={"model": CANARY}, status=404)
+    await live.call("POST", "/api/pull", json={"model": CANARY}, status=400)
+    await live.call("GET", f"/api/{CANARY}?{CANARY}", status=404)
+    for path in (f"/key/{CANARY}", f"/key/{CANARY}/api/tags", f"/key/{CANARY}/{CANARY}?{CANARY}"):
+        await live.call("GET", path, status=401)
+
+
+@pytest.mark.usefixtures("logged")
+async def test_threat_28_no_log_line_holds_a_key(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    key = await live.key()
+    body = {"model": "persona", "messages": [{"role": "user", "content": "hi"}], "stream": False}
+    await live.call("POST", f"/key/{key}/api/chat", user=None, json=body)
+    await live.call("GET", f"/key/{key}/api/nothing", user=None, status=404)
+    await live.call("PUT", f"/key/{key}/api/chat", user=None, status=405)
+    live.engine.failure = ValueError(key)
+    await live.call("POST", f"/key/{key}/api/chat", user=None, json=body, status=500)
+    await raw(live, f"GET /key/{key}/api/tags HTTP/9.9\r\n\r\n")
+    await raw(live, f"GET /key/{key}/api/tags HTTP/1.1\r\nHost: x\r\nbroken\r\n\r\n")
+    async with live.http.get("/metrics") as answer:
+        page = await answer.text()
+    captured = capsys.readouterr()
+    assert "/key/{key}/api/chat" in captured.out
+    assert "/key/{key}/api/chat" in page
+    for text in (captured.out, captured.err, page):
+        assert key not in text
+        assert key[:12] not in text
 
 
 @pytest.mark.usefixtures("logged")
