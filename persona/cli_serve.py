@@ -35,7 +35,16 @@ client = OpenAI(base_url="{url}/v1", api_key={python})
 messages = [{{"role": "user", "content": "Hello, who are you?"}}]
 print(client.chat.completions.create(model="persona", messages=messages).choices[0].message.content)'
 
-Ctrl-C stops it. To talk from another terminal: .venv/bin/persona chat --user {user}
+{broker}Ctrl-C stops it. To talk from another terminal: .venv/bin/persona chat --user {user}
+"""
+
+_BROKER = """\
+There is an MQTT broker inside, for trying out: port {port} on this machine alone, user persona, password {password}.
+It forgets everything when it ends; for events that matter run Mosquitto (docs/DEPLOY.md).
+
+mosquitto_pub -p {port} -u persona -P {password} -q 1 \\
+  -t persona/u/{user}/events/fact -m '{{"key": "diet", "value": "vegan"}}'
+
 """
 
 
@@ -72,7 +81,15 @@ def serve(
 async def welcome(house: "House") -> str:
     """How to ask, as lines that work when they are pasted."""
     key = await _demo_key(house.services.users)
-    return _DEMO.format(url=house.url, user=DEMO_USER, **asdict(key))
+    return _DEMO.format(url=house.url, user=DEMO_USER, broker=_broker(house), **asdict(key))
+
+
+def _broker(house: "House") -> str:
+    """How to reach the broker inside, if there is one."""
+    if house.broker is None:
+        return ""
+    port, password = house.broker.port, house.broker.password
+    return _BROKER.format(port=port, password=password, user=DEMO_USER)
 
 
 async def _demo_key(users: Users) -> _Key:
