@@ -49,7 +49,7 @@ Check = Callable[[Settings], Iterator[Finding]]
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Every finding about this machine under `settings`, one after another."""
-    for check in (_python, _packages, _torch, _device, _model, _folders, _database, _memory, _service):
+    for check in (_python, _packages, _torch, _device, _model, _folders, _database, _memory, _broker, _service):
         try:
             yield from check(settings)
         except (PersonaError, OSError, PackageNotFoundError) as error:
@@ -158,6 +158,22 @@ def _memory(settings: Settings) -> Iterator[Finding]:
         yield Finding("memory", State.WARN, found, "Lower engine.memory_mb or end other programs.")
     else:
         yield Finding("memory", State.OK, found)
+
+
+def _broker(settings: Settings) -> Iterator[Finding]:
+    """Whether somebody listens where the broker should be; who may come in is told by the service's log."""
+    mqtt = settings.mqtt
+    if not mqtt.enabled:
+        return
+    if mqtt.embedded:
+        yield Finding("broker", State.OK, f"inside, amqtt {version('amqtt')}: for trying out only")
+        return
+    try:
+        with socket.create_connection((mqtt.host, mqtt.port), timeout=5):
+            yield Finding("broker", State.OK, f"{mqtt.host}:{mqtt.port} answers")
+    except OSError:
+        advice = "Start Mosquitto, or check mqtt.host and mqtt.port; until then no event and no chat comes over MQTT."
+        yield Finding("broker", State.WARN, f"nobody listens at {mqtt.host}:{mqtt.port}", advice)
 
 
 def _service(settings: Settings) -> Iterator[Finding]:

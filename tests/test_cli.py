@@ -26,6 +26,7 @@ from persona.cli_serve import welcome
 from persona.engine.protocol import ScoreRequest
 from persona.engine.scripted import ScriptedEngine, ScriptedText
 from persona.errors import PersonaError
+from persona.events import Delivery
 from persona.settings import load
 
 DATA = Path(__file__).parent / "data"
@@ -72,6 +73,12 @@ def refused(result: Result, named: str) -> None:
         ("adapters", "rollback", "--user", "ann"),
         ("forget", "ann", "--yes"),
         ("backup", "copy.db"),
+        ("events", "list", "--user", "ann"),
+        ("events", "dead"),
+        ("events", "facts", "--user", "ann"),
+        ("events", "send", "fact", "{}", "--user", "ann"),
+        ("events", "replay", "--all"),
+        ("events", "drop", "1"),
         ("chat", "--user", "ann", "hello"),
         ("chat", "hello"),
     ],
@@ -141,6 +148,23 @@ def test_text_cannot_drive_the_terminal() -> None:
     assert plain("a\x1b[2Jb\x07\x9bc\nd\te\u202e") == "a[2Jbc\nd\te"
 
 
+def test_doctor_says_whether_there_is_a_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERSONA_MQTT__ENABLED", "true")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("PERSONA_MQTT__PORT", str(listening.getsockname()[1]))
+        assert broker_finding()["state"] == "ok"
+    assert broker_finding()["state"] == "warn"
+    assert "mqtt.port" in broker_finding()["advice"]
+    monkeypatch.setenv("PERSONA_MQTT__EMBEDDED", "true")
+    assert broker_finding()["state"] == "ok"
+
+
+def broker_finding() -> dict[str, str]:
+    findings = json.loads(run("doctor", "--json").stdout)
+    (found,) = [finding for finding in findings if finding["name"] == "broker"]
+    return found
+
+
 def test_doctor_finds_a_fresh_machine_fit_and_a_model_missing() -> None:
     result = run("doctor", "--json")
     findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
@@ -186,6 +210,11 @@ class Running:
     house: House
     engine: ScriptedEngine
     loop: asyncio.AbstractEventLoop
+
+    def accept(self, *deliveries: Delivery) -> None:
+        """Have messages arrive as from a broker."""
+        done = asyncio.run_coroutine_threadsafe(self.house.services.intake.accept(deliveries), self.loop)
+        done.result(timeout=10)
 
 
 @pytest.fixture
@@ -290,6 +319,29 @@ def test_an_entry_is_deleted(service: Running) -> None:
     entry = answered("history", "list", "--user", "ann")[0]["id"]
     assert answered("history", "delete", str(entry), "--user", "ann")["versions"] == []
     refused(run("history", "delete", "999", "--user", "ann"), "no such")
+
+
+def test_events_are_told_listed_refused_and_tried_again(service: Running) -> None:
+    run("users", "add", "ann")
+    tell = ("events", "send", "fact", '{"id": 1, "key": "diet", "value": "vegan"}', "--user", "ann")
+    assert "stored" in run(*tell).stdout
+    assert "already" in run(*tell).stdout
+    assert "vegan" in run("events", "facts", "--user", "ann").stdout
+    listed = json.loads(run("events", "list", "--user", "ann", "--json").stdout)
+    assert [event["kind"] for event in listed["data"]] == ["fact"]
+    refused(run("events", "send", "fact", '{"key": 1}', "--user", "ann"), "key (text)")
+    refused(run("events", "send", "a/b", "1", "--user", "ann"), "A kind has")
+    refused(run("events", "replay"), "say --all")
+    assert "No message was refused" in run("events", "dead").stdout
+    early = Delivery("bob", "message", b'{"text": "early"}')
+    service.accept(early, Delivery("ann", "fact", b"{}"))
+    assert [letter["user"] for letter in json.loads(run("events", "dead", "--json").stdout)] == ["bob", "ann"]
+    assert "unknown_user" in run("events", "dead").stdout
+    run("users", "add", "bob")
+    assert run("events", "replay", "--all").stdout.startswith("1 stored, 0 known already, 1 refused again")
+    assert "1 dead letters are gone" in run("events", "drop", "--all", "--user", "ann").stdout
+    assert json.loads(run("events", "dead", "--json").stdout) == []
+    assert "early" in run("history", "list", "--user", "bob").stdout
 
 
 def test_chat_prints_the_reply_of_the_only_user(service: Running) -> None:
