@@ -1,13 +1,16 @@
 """The composition root of the service: builds every part in order, serves, and takes all down in reverse.
 
-Lock → database → repair → engine → schedule → sites. Nothing listens before everything behind it works, and at the end
-the sites close first: running replies end properly, then training stops, then the engine, then the database.
+Lock → database → repair → engine → one token → schedule → sites → READY. Nothing is answered before everything behind
+it works, and at the end the sites close first: running replies end properly, then training stops, then the engine,
+then the database.
 """
 
 import asyncio
 import fcntl
+import os
 import shutil
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -18,21 +21,24 @@ from aiohttp import web
 
 from jobs.finetune import Finetune
 from jobs.schedule import Schedule
-from persona import logs
+from persona import logs, notify
 from persona.api import connections
 from persona.api.archive import PREFIX as EXPORT_PREFIX
 from persona.api.connections import BoundedSite
 from persona.api.metrics import Metrics
 from persona.api.routes import admin_application, public_application
 from persona.api.services import Services
+from persona.app_watch import watching
 from persona.chat import Chat
-from persona.domain import ChatTokenizer
+from persona.domain import ChatTokenizer, Message, Role
 from persona.engine import device, prepare
 from persona.engine.client import LocalEngine
 from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
+from persona.engine.protocol import GenerateRequest, Sampling
 from persona.engine.text import Text
 from persona.errors import ConfigurationError, ModelError
+from persona.pulse import Pulse
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.database import Database
@@ -66,6 +72,11 @@ class Serving:
 
 
 Ready = Callable[[House], Awaitable[None]]
+Tell = Callable[[str], None]  # what the start has come to
+
+
+def _quiet(stage: str) -> None:
+    """Nobody listens."""
 
 
 def utcnow() -> datetime:
@@ -86,12 +97,17 @@ async def serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with build(settings, engine=engine, tokenizer=tokenizer) as house:
-        log.info("→ serving", url=house.url, model=settings.model.name, home=str(settings.home))
-        if ready is not None:
-            await ready(house)
-        await stop.wait()
-        log.info("stopping: no new requests")
+    async with watching(notify.Supervisor.of(os.environ)) as watch:
+        listening = notify.inherited(os.environ)
+        parts = build(settings, engine=engine, tokenizer=tokenizer, listening=listening, tell=watch.loading)
+        async with parts as house:
+            log.info("→ serving", url=house.url, model=settings.model.name, home=str(settings.home))
+            if ready is not None:
+                await ready(house)
+            watch.ready(house.services.pulse, house.url)
+            await stop.wait()
+            log.info("stopping: no new requests")
+            watch.stopping()
     log.info("← stopped")
 
 
@@ -103,11 +119,20 @@ async def build(
     tokenizer: ChatTokenizer | None = None,
     prepared: Prepared | None = None,
     clock: Clock = utcnow,
+    listening: socket.socket | None = None,
+    tell: Tell = _quiet,
 ) -> AsyncIterator[House]:
-    """The whole service, listening. An engine that is given comes with its tokenizer; None: the engine process."""
+    """The whole service, listening. An engine that is given comes with its tokenizer; None: the engine process.
+
+    `listening` is a socket that already does, in place of one of its own; who connects early waits there.
+    """
     async with AsyncExitStack() as stack:
+        if listening is not None:
+            stack.callback(listening.close)
         stack.enter_context(_alone(settings))
-        await connections.check(settings.http)  # a taken port is told before minutes of loading
+        if listening is None:
+            await connections.check(settings.http)  # a taken port is told before minutes of loading
+        tell("opening the database")
         database = await Database.open(settings.database)
         stack.push_async_callback(database.close)
         stack.push_async_callback(_settled)
@@ -115,11 +140,12 @@ async def build(
         if engine is not None and tokenizer is not None:
             serving = Serving(engine, tokenizer, prepared)
         else:
-            serving = await stack.enter_async_context(_engine_process(settings))
+            serving = await stack.enter_async_context(_engine_process(settings, tell))
         services, schedule = await _services(settings, database, serving, clock)
+        await stack.enter_async_context(_looking(services.pulse))
         stack.push_async_callback(schedule.stop)
         await schedule.start()
-        site = await _listen(stack, services)
+        site = await _listen(stack, services, listening)
         yield House(services, site.name)
 
 
@@ -153,7 +179,8 @@ async def _repair(settings: Settings, database: Database) -> None:
 
 
 @asynccontextmanager
-async def _engine_process(settings: Settings) -> AsyncIterator[Serving]:
+async def _engine_process(settings: Settings, tell: Tell) -> AsyncIterator[Serving]:
+    """The engine, loaded, and proved to generate."""
     name = settings.model.name
     weights = device.choose(settings.model).weights
     prepared = await asyncio.to_thread(prepare.ready, name, settings.cache, weights)
@@ -162,10 +189,32 @@ async def _engine_process(settings: Settings) -> AsyncIterator[Serving]:
     tokenizer = await asyncio.to_thread(Text.load, prepared.folder)
     engine = LocalEngine(settings, prepared)
     try:
+        tell(f"loading {name}")
         await engine.start()
+        tell("generating a first token")
+        await _warm_up(engine, tokenizer)
         yield Serving(engine, tokenizer, prepared)
     finally:
         await engine.stop()
+
+
+async def _warm_up(engine: Engine, tokenizer: ChatTokenizer) -> None:
+    """One token of the bare base: what a first request would wait for is done, and known to work."""
+    rendered = tokenizer.render([Message(Role.USER, "Hello.")], reply=True)
+    async for chunk in engine.generate(GenerateRequest(rendered.tokens, Sampling(max_tokens=1))):
+        if chunk.error is not None:
+            raise ModelError("The engine loads the model but cannot generate with it; its last lines say why.")
+
+
+@asynccontextmanager
+async def _looking(pulse: Pulse) -> AsyncIterator[None]:
+    """Keep an eye on the engine."""
+    task = asyncio.create_task(pulse.go_on(), name="pulse")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def _services(
@@ -198,11 +247,12 @@ async def _services(
         base=base,
         metrics=Metrics(),
         prepared=serving.prepared,
+        pulse=Pulse(engine, settings.engine),
     )
     return services, schedule
 
 
-async def _listen(stack: AsyncExitStack, services: Services) -> BoundedSite:
+async def _listen(stack: AsyncExitStack, services: Services, listening: socket.socket | None) -> BoundedSite:
     """Open the admin socket, then the TCP address. At the end running replies are drained before anything closes."""
     http = services.settings.http
     await _open_admin_socket(await _runner(stack, services, admin_application(services)), services.settings)
@@ -212,7 +262,7 @@ async def _listen(stack: AsyncExitStack, services: Services) -> BoundedSite:
         await services.chat.drain(http.shutdown_seconds)
 
     public.on_shutdown.append(drain)
-    site = BoundedSite(await _runner(stack, services, public), http)
+    site = BoundedSite(await _runner(stack, services, public), http, listening)
     await site.start()
     return site
 

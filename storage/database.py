@@ -30,7 +30,7 @@ from storage.database_file import (
     prepare,
     upgrade_copies,
 )
-from storage.files import full_disk
+from storage.files import full_disk, reserve
 from storage.whole import in_thread, whole
 
 __all__ = [
@@ -53,6 +53,11 @@ NEVER_REUSED: dict[str, Any] = {"sqlite_autoincrement": True}  # of a table: its
 
 _BACKUPS = sa.table("backups", sa.column("path", sa.String), sa.column("created", sa.DateTime))
 _READERS = 4
+_SPARE = 1 << 20  # bytes
+
+
+class _Enough(Exception):
+    """Ends a trial transaction: it is rolled back."""
 
 
 class Transaction:
@@ -140,6 +145,15 @@ class Database:
             loose = (await connection.exec_driver_sql("PRAGMA foreign_key_check")).first()
         if found != "ok" or loose:
             raise damaged(self.path, "a reference leads nowhere" if found == "ok" else str(found))
+
+    async def spare(self) -> None:
+        """Prove that a few turns would find space. Raises StorageFull if not; nothing is kept."""
+        with contextlib.suppress(_Enough):
+            async with self.write() as connection:
+                await connection.exec_driver_sql("CREATE TABLE spare (bytes)")
+                await connection.exec_driver_sql(f"INSERT INTO spare VALUES (zeroblob({_SPARE}))")
+                raise _Enough
+        await in_thread(reserve, self.path.parent, _SPARE)
 
     async def backup(self, target: Path) -> None:
         """Copy the database to the new file `target`, consistent while others write, and remember where it lies.

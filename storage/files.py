@@ -48,6 +48,12 @@ def full_disk() -> Iterator[None]:
         raise
 
 
+def reserve(place: Path, size: int) -> None:
+    """Take `size` bytes of the disk under `place` and give them back. Raises StorageFull if they are not there."""
+    with full_disk(), tempfile.TemporaryFile(dir=place) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def measure(made: Path) -> tuple[str, int]:
     """SHA-256 and size in bytes of the weights in `made`. Raises AdapterError if there are none."""
     path = made / WEIGHTS

@@ -4,7 +4,7 @@ Protocols stand where the concrete class lives beside this package, so that impo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
@@ -16,12 +16,16 @@ from persona.chat import Chat
 from persona.domain import Caller, ChatTokenizer, Run, UserId
 from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
+from persona.pulse import Pulse
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.database import Database
 from storage.history import History
 from storage.runs import Runs
 from storage.users import Users
+
+# Of a part whose trouble degrades the service without stopping chat: (name, what is wrong or None).
+Check = Callable[[], tuple[str, str | None]]
 
 
 class Training(Protocol):
@@ -59,6 +63,8 @@ class Services:
     base: Callable[[], str]
     metrics: Metrics
     prepared: Prepared | None  # the base's folder; None where the engine keeps it to itself
+    pulse: Pulse
+    checks: list[Check] = field(default_factory=list)
 
 
 SERVICES: web.AppKey[Services] = web.AppKey("services")
