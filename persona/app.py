@@ -6,13 +6,11 @@ then the database.
 """
 
 import asyncio
-import fcntl
 import os
-import shutil
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -28,6 +26,7 @@ from persona.api.connections import BoundedSite
 from persona.api.metrics import Metrics
 from persona.api.routes import admin_application, public_application
 from persona.api.services import Services
+from persona.app_home import alone, mend
 from persona.app_watch import watching
 from persona.chat import Chat
 from persona.domain import ChatTokenizer, Message, Role
@@ -41,6 +40,7 @@ from persona.errors import ConfigurationError, ModelError
 from persona.pulse import Pulse
 from persona.settings import Settings
 from storage.adapters import Adapters
+from storage.backup import Backups
 from storage.database import Database
 from storage.history import History
 from storage.runs import Runs
@@ -129,14 +129,16 @@ async def build(
     async with AsyncExitStack() as stack:
         if listening is not None:
             stack.callback(listening.close)
-        stack.enter_context(_alone(settings))
+        stack.enter_context(alone(settings))
         if listening is None:
             await connections.check(settings.http)  # a taken port is told before minutes of loading
         tell("opening the database")
+        mended = mend(settings, EXPORT_PREFIX)
         database = await Database.open(settings.database)
         stack.push_async_callback(database.close)
         stack.push_async_callback(_settled)
-        await _repair(settings, database)
+        for sentence in mended + await _repair(settings, database):
+            log.warning("repaired", what=sentence)
         if engine is not None and tokenizer is not None:
             serving = Serving(engine, tokenizer, prepared)
         else:
@@ -149,22 +151,6 @@ async def build(
         yield House(services, site.name)
 
 
-@contextmanager
-def _alone(settings: Settings) -> Iterator[None]:
-    """One service a home: the lock goes with the process, however it ends."""
-    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    settings.run_dir.mkdir(mode=0o700, exist_ok=True)
-    settings.run_dir.chmod(0o700)  # it holds the admin socket and passing copies of user text
-    with (settings.run_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigurationError(f"persona is already running in {settings.home}.") from None
-        for left in settings.run_dir.glob(f"{EXPORT_PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-
-
 async def _settled() -> None:
     """Requests and checks that were cancelled let go of the database before it closes."""
     leaving = [task for task in asyncio.all_tasks() if task.cancelling() and task is not asyncio.current_task()]
@@ -172,10 +158,10 @@ async def _settled() -> None:
         await asyncio.wait(leaving, timeout=_SETTLE)
 
 
-async def _repair(settings: Settings, database: Database) -> None:
+async def _repair(settings: Settings, database: Database) -> list[str]:
     """What a hard stop may have left: folders without rows, rows without folders, candidates that nobody judged."""
-    for sentence in await Adapters(database, settings.adapters).repair():
-        log.warning("repaired", what=sentence)
+    adapters = Adapters(database, settings.adapters)
+    return await adapters.repair() + await Backups(database, adapters).repair()
 
 
 @asynccontextmanager
@@ -238,6 +224,7 @@ async def _services(
         history=history,
         adapters=adapters,
         runs=runs,
+        backups=Backups(database, adapters, clock),
         engine=engine,
         tokenizer=tokenizer,
         chat=Chat(settings, history, adapters, engine, tokenizer, clock, lambda: context, base),
@@ -255,6 +242,7 @@ async def _services(
 async def _listen(stack: AsyncExitStack, services: Services, listening: socket.socket | None) -> BoundedSite:
     """Open the admin socket, then the TCP address. At the end running replies are drained before anything closes."""
     http = services.settings.http
+    stack.callback(services.settings.admin_socket.unlink, missing_ok=True)  # one that is left tells of a kill
     await _open_admin_socket(await _runner(stack, services, admin_application(services)), services.settings)
     public = public_application(services)
 
@@ -287,6 +275,5 @@ async def _open_admin_socket(runner: web.AppRunner, settings: Settings) -> None:
     path = settings.admin_socket
     if len(str(path).encode()) > _SOCKET_PATH_BYTES:
         raise ConfigurationError(f"The path {path} is too long for a socket; choose a shorter PERSONA_HOME.")
-    path.unlink(missing_ok=True)  # ours: the lock says that nobody else serves here
     await web.UnixSite(runner, str(path)).start()
     path.chmod(0o600)

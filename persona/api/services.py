@@ -19,6 +19,7 @@ from persona.engine.prepare import Prepared
 from persona.pulse import Pulse
 from persona.settings import Settings
 from storage.adapters import Adapters
+from storage.backup import Backups
 from storage.database import Database
 from storage.history import History
 from storage.runs import Runs
@@ -54,6 +55,7 @@ class Services:
     history: History
     adapters: Adapters
     runs: Runs
+    backups: Backups
     engine: Engine
     tokenizer: ChatTokenizer
     chat: Chat
