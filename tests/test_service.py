@@ -107,7 +107,7 @@ def test_ready_comes_after_a_token_was_generated_and_the_address_answers(service
     assert "persona_engine_generated 1.0" in service.get("/metrics")
     assert json.loads(service.get("/ready"))["degraded"] == []
     before = [message["STATUS"] for message in heard[:-1] if "STATUS" in message]
-    assert [status.split()[1] for status in before] == ["opening", "loading", "generating"]
+    assert [status.split()[1] for status in before] == ["looking", "opening", "loading", "generating"]
     assert all(int(message["EXTEND_TIMEOUT_USEC"]) >= 10e6 for message in heard[:-1])
     assert heard[-1]["STATUS"] == f"Serving at http://127.0.0.1:{service.port}"
     assert service.manager.stop(signal.SIGTERM) == 0
