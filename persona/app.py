@@ -7,7 +7,6 @@ then the database.
 
 import asyncio
 import os
-import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,6 +26,7 @@ from persona.api.metrics import Metrics
 from persona.api.routes import admin_application, public_application
 from persona.api.services import Services
 from persona.app_home import alone, mend
+from persona.app_stop import Stop
 from persona.app_watch import watching
 from persona.chat import Chat
 from persona.domain import ChatTokenizer, Message, Role
@@ -92,22 +92,21 @@ async def serve(
 ) -> None:
     """Run until SIGTERM or SIGINT. `ready` is called once everything works. Raises ConfigurationError if it cannot."""
     logs.configure(settings.log)
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(logs.loop_error)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with watching(notify.Supervisor.of(os.environ)) as watch:
-        listening = notify.inherited(os.environ)
-        parts = build(settings, engine=engine, tokenizer=tokenizer, listening=listening, tell=watch.loading)
-        async with parts as house:
-            log.info("→ serving", url=house.url, model=settings.model.name, home=str(settings.home))
-            if ready is not None:
-                await ready(house)
-            watch.ready(house.services.pulse, house.url)
-            await stop.wait()
-            log.info("stopping: no new requests")
-            watch.stopping()
+    asyncio.get_running_loop().set_exception_handler(logs.loop_error)
+    stop = Stop()
+    with stop.ends_the_start():
+        async with watching(notify.Supervisor.of(os.environ)) as watch:
+            listening = notify.inherited(os.environ)
+            parts = build(settings, engine=engine, tokenizer=tokenizer, listening=listening, tell=watch.loading)
+            async with parts as house:
+                stop.started()
+                log.info("→ serving", url=house.url, model=settings.model.name, home=str(settings.home))
+                if ready is not None:
+                    await ready(house)
+                watch.ready(house.services.pulse, house.url)
+                await stop.asked.wait()
+                log.info("stopping: no new requests")
+                watch.stopping()
     log.info("← stopped")
 
 

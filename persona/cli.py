@@ -73,5 +73,7 @@ def forget(context: typer.Context, name: Name, yes: Yes = False, json: Json = Fa
     receipt = Link(configuration, name).ask("POST", "/v1/me/forget", json={"confirm": name})
     if json:
         emit(receipt)
-    else:
-        say(f"{name} is forgotten.")
+        return
+    say(f"{name} is forgotten.")
+    for kept in receipt["backups"]:
+        say(f"The backup {kept['path']} of {kept['created'][:10]} still holds {name}: delete it, or make a new one.")

@@ -372,6 +372,12 @@ def test_a_backup_is_restored_into_an_empty_home_and_replaces_another_when_told_
     assert (aside / "persona.db").exists()
 
 
+def test_threat_32_forget_names_the_backups_that_still_hold_the_user(service: Running, tmp_path: Path) -> None:
+    answered("users", "add", "ann")
+    answered("backup", str(tmp_path / "copy"))
+    assert f"{tmp_path / 'copy'}" in run("forget", "ann", "--yes").stdout
+
+
 def test_a_home_of_another_account_is_not_restored_into(home: Path, tmp_path: Path) -> None:
     home.mkdir()
     try:

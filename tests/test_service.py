@@ -127,6 +127,20 @@ def test_who_connects_to_the_managers_socket_before_the_model_is_loaded_waits_an
             pass  # the manager's own copy still listens: nobody is refused while it starts again
 
 
+def test_threat_26_a_stop_while_the_model_loads_is_obeyed_at_once_and_leaves_nobody_behind(service: Service) -> None:
+    service.start()
+    while "loading" not in service.manager.until("STATUS")[-1]["STATUS"]:
+        pass
+    deadline = time.monotonic() + 30
+    while not (engines := service.engines()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engines
+    time.sleep(1.0)  # it imports torch now, and could not end by itself
+    assert service.manager.stop(signal.SIGTERM) == 0
+    assert [engine for engine in engines if engine.is_running()] == []
+    assert [line["event"] for line in service.log()] == ["stopped before it served", "← stopped"]
+
+
 def test_threat_27_a_stopped_loop_and_an_engine_that_no_restart_helps_end_the_beats(service: Service) -> None:
     text = (service.folder / "persona.toml").read_text()
     (service.folder / "persona.toml").write_text(text.replace("start_seconds = 30.0", "start_seconds = 8.0"))
