@@ -26,7 +26,7 @@ def backup(
     if json:
         emit(done)
         return
-    say(f"{folder} holds the database and {done['versions']} versions, {done['bytes'] / 2**20:.1f} MiB.")
+    say(f"{folder} holds the database and all versions ({done['versions']}), {done['bytes'] / 2**20:.1f} MiB.")
     if done["left_out"]:
         say(f"Left out, because their own files are damaged: {', '.join(done['left_out'])}.")
 
