@@ -1,15 +1,15 @@
 """The composition root of the service: builds every part in order, serves, and takes all down in reverse.
 
-Lock → database → repair → engine → schedule → sites. Nothing listens before everything behind it works, and at the end
-the sites close first: running replies end properly, then training stops, then the engine, then the database.
+Lock → database → repair → engine → one token → schedule → sites → READY. Nothing is answered before everything behind
+it works, and at the end the sites close first: running replies end properly, then training stops, then the engine,
+then the database.
 """
 
 import asyncio
-import fcntl
-import shutil
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -18,26 +18,32 @@ from aiohttp import web
 
 from jobs.finetune import Finetune
 from jobs.schedule import Schedule
-from persona import app_mqtt, logs
+from persona import app_mqtt, logs, notify
 from persona.api import connections
 from persona.api.archive import PREFIX as EXPORT_PREFIX
 from persona.api.connections import BoundedSite
 from persona.api.metrics import Metrics
 from persona.api.routes import admin_application, public_application
 from persona.api.services import Services
+from persona.app_home import alone, mend
+from persona.app_stop import Stop
+from persona.app_watch import watching
 from persona.chat import Chat
-from persona.domain import ChatTokenizer
+from persona.domain import ChatTokenizer, Message, Role
 from persona.engine import device, prepare
 from persona.engine.client import LocalEngine
 from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
+from persona.engine.protocol import GenerateRequest, Sampling
 from persona.engine.text import Text
 from persona.errors import ConfigurationError, ModelError
 from persona.events import Intake
 from persona.ingest.broker import Account
 from persona.ingest.mqtt import Mqtt
+from persona.pulse import Pulse
 from persona.settings import Settings
 from storage.adapters import Adapters
+from storage.backup import Backups
 from storage.database import Database
 from storage.events import Events
 from storage.history import History
@@ -72,6 +78,11 @@ class Serving:
 
 
 Ready = Callable[[House], Awaitable[None]]
+Tell = Callable[[str], None]  # what the start has come to
+
+
+def _quiet(stage: str) -> None:
+    """Nobody listens."""
 
 
 def utcnow() -> datetime:
@@ -87,17 +98,21 @@ async def serve(
 ) -> None:
     """Run until SIGTERM or SIGINT. `ready` is called once everything works. Raises ConfigurationError if it cannot."""
     logs.configure(settings.log)
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(logs.loop_error)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with build(settings, engine=engine, tokenizer=tokenizer) as house:
-        log.info("→ serving", url=house.url, model=settings.model.name, home=str(settings.home))
-        if ready is not None:
-            await ready(house)
-        await stop.wait()
-        log.info("stopping: no new requests")
+    asyncio.get_running_loop().set_exception_handler(logs.loop_error)
+    stop = Stop()
+    with stop.ends_the_start():
+        async with watching(notify.Supervisor.of(os.environ)) as watch:
+            listening = notify.inherited(os.environ)
+            parts = build(settings, engine=engine, tokenizer=tokenizer, listening=listening, tell=watch.loading)
+            async with parts as house:
+                stop.started()
+                log.info("→ serving", url=house.url, model=settings.model.name, home=str(settings.home))
+                if ready is not None:
+                    await ready(house)
+                watch.ready(house.services.pulse, house.url)
+                await stop.asked.wait()
+                log.info("stopping: no new requests")
+                watch.stopping()
     log.info("← stopped")
 
 
@@ -109,43 +124,39 @@ async def build(
     tokenizer: ChatTokenizer | None = None,
     prepared: Prepared | None = None,
     clock: Clock = utcnow,
+    listening: socket.socket | None = None,
+    tell: Tell = _quiet,
 ) -> AsyncIterator[House]:
-    """The whole service, listening. An engine that is given comes with its tokenizer; None: the engine process."""
+    """The whole service, listening. An engine that is given comes with its tokenizer; None: the engine process.
+
+    `listening` is a socket that already does, in place of one of its own; who connects early waits there.
+    """
     async with AsyncExitStack() as stack:
-        stack.enter_context(_alone(settings))
-        await connections.check(settings.http)  # a taken port is told before minutes of loading
+        if listening is not None:
+            stack.callback(listening.close)
+        stack.enter_context(alone(settings))
+        if listening is None:
+            await connections.check(settings.http)  # a taken port is told before minutes of loading
+        tell("opening the database")
+        mended = mend(settings, EXPORT_PREFIX)
         database = await Database.open(settings.database)
         stack.push_async_callback(database.close)
         stack.push_async_callback(_settled)
-        await _repair(settings, database)
+        for sentence in mended + await _repair(settings, database):
+            log.warning("repaired", what=sentence)
         if engine is not None and tokenizer is not None:
             serving = Serving(engine, tokenizer, prepared)
         else:
-            serving = await stack.enter_async_context(_engine_process(settings))
+            serving = await stack.enter_async_context(_engine_process(settings, tell))
         services, schedule = await _services(settings, database, serving, clock)
+        await stack.enter_async_context(_looking(services.pulse))
         stack.push_async_callback(schedule.stop)
         await schedule.start()
-        site = await _listen(stack, services)
+        site = await _listen(stack, services, listening)
         mqtt, account = None, None
         if settings.mqtt.enabled:
             mqtt, account = await stack.enter_async_context(app_mqtt.running(services))
         yield House(services, site.name, mqtt, account)
-
-
-@contextmanager
-def _alone(settings: Settings) -> Iterator[None]:
-    """One service a home: the lock goes with the process, however it ends."""
-    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    settings.run_dir.mkdir(mode=0o700, exist_ok=True)
-    settings.run_dir.chmod(0o700)  # it holds the admin socket and passing copies of user text
-    with (settings.run_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigurationError(f"persona is already running in {settings.home}.") from None
-        for left in settings.run_dir.glob(f"{EXPORT_PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
 
 
 async def _settled() -> None:
@@ -155,14 +166,15 @@ async def _settled() -> None:
         await asyncio.wait(leaving, timeout=_SETTLE)
 
 
-async def _repair(settings: Settings, database: Database) -> None:
+async def _repair(settings: Settings, database: Database) -> list[str]:
     """What a hard stop may have left: folders without rows, rows without folders, candidates that nobody judged."""
-    for sentence in await Adapters(database, settings.adapters).repair():
-        log.warning("repaired", what=sentence)
+    adapters = Adapters(database, settings.adapters)
+    return await adapters.repair() + await Backups(database, adapters).repair()
 
 
 @asynccontextmanager
-async def _engine_process(settings: Settings) -> AsyncIterator[Serving]:
+async def _engine_process(settings: Settings, tell: Tell) -> AsyncIterator[Serving]:
+    """The engine, loaded, and proved to generate."""
     name = settings.model.name
     weights = device.choose(settings.model).weights
     prepared = await asyncio.to_thread(prepare.ready, name, settings.cache, weights)
@@ -171,10 +183,32 @@ async def _engine_process(settings: Settings) -> AsyncIterator[Serving]:
     tokenizer = await asyncio.to_thread(Text.load, prepared.folder)
     engine = LocalEngine(settings, prepared)
     try:
+        tell(f"loading {name}")
         await engine.start()
+        tell("generating a first token")
+        await _warm_up(engine, tokenizer)
         yield Serving(engine, tokenizer, prepared)
     finally:
         await engine.stop()
+
+
+async def _warm_up(engine: Engine, tokenizer: ChatTokenizer) -> None:
+    """One token of the bare base: what a first request would wait for is done, and known to work."""
+    rendered = tokenizer.render([Message(Role.USER, "Hello.")], reply=True)
+    async for chunk in engine.generate(GenerateRequest(rendered.tokens, Sampling(max_tokens=1))):
+        if chunk.error is not None:
+            raise ModelError("The engine loads the model but cannot generate with it; its last lines say why.")
+
+
+@asynccontextmanager
+async def _looking(pulse: Pulse) -> AsyncIterator[None]:
+    """Keep an eye on the engine."""
+    task = asyncio.create_task(pulse.go_on(), name="pulse")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def _services(
@@ -204,6 +238,7 @@ async def _services(
         runs=runs,
         events=events,
         intake=intake,
+        backups=Backups(database, adapters, clock),
         engine=engine,
         tokenizer=tokenizer,
         chat=Chat(settings, history, events, adapters, engine, tokenizer, clock, lambda: context, base),
@@ -213,13 +248,15 @@ async def _services(
         base=base,
         metrics=metrics,
         prepared=serving.prepared,
+        pulse=Pulse(engine, settings.engine),
     )
     return services, schedule
 
 
-async def _listen(stack: AsyncExitStack, services: Services) -> BoundedSite:
+async def _listen(stack: AsyncExitStack, services: Services, listening: socket.socket | None) -> BoundedSite:
     """Open the admin socket, then the TCP address. At the end running replies are drained before anything closes."""
     http = services.settings.http
+    stack.callback(services.settings.admin_socket.unlink, missing_ok=True)  # one that is left tells of a kill
     await _open_admin_socket(await _runner(stack, services, admin_application(services)), services.settings)
     public = public_application(services)
 
@@ -227,7 +264,7 @@ async def _listen(stack: AsyncExitStack, services: Services) -> BoundedSite:
         await services.chat.drain(http.shutdown_seconds)
 
     public.on_shutdown.append(drain)
-    site = BoundedSite(await _runner(stack, services, public), http)
+    site = BoundedSite(await _runner(stack, services, public), http, listening)
     await site.start()
     return site
 
@@ -252,6 +289,5 @@ async def _open_admin_socket(runner: web.AppRunner, settings: Settings) -> None:
     path = settings.admin_socket
     if len(str(path).encode()) > _SOCKET_PATH_BYTES:
         raise ConfigurationError(f"The path {path} is too long for a socket; choose a shorter PERSONA_HOME.")
-    path.unlink(missing_ok=True)  # ours: the lock says that nobody else serves here
     await web.UnixSite(runner, str(path)).start()
     path.chmod(0o600)

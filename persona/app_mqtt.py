@@ -33,6 +33,7 @@ async def running(services: Services) -> AsyncIterator[tuple[Mqtt, Account | Non
         mqtt = _mqtt(services, settings, password)
         services.metrics.mqtt_up.set_function(lambda: float(mqtt.connected))
         services.metrics.mqtt.read = lambda: mqtt.counts
+        services.checks.append(lambda: ("broker", mqtt.trouble()))
         await mqtt.start()
         try:
             yield mqtt, account
@@ -57,7 +58,8 @@ def _mqtt(services: Services, settings: Settings, password: str | None) -> Mqtt:
 
 def _troubles(services: Services) -> list[str]:
     """What is wrong with the service as a whole, as far as it can be told in no time."""
-    return ["The disk is full: replies go unrecorded until there is space."] if services.chat.disk_full else []
+    full = "The disk is full: replies go unrecorded until there is space." if services.chat.disk_full else None
+    return [trouble for trouble in (services.pulse.trouble(), full) if trouble]
 
 
 async def _train(services: Services, name: str) -> None:

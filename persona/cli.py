@@ -1,7 +1,7 @@
 """The command line: `persona` and its commands.
 
-Commands about users and their data speak to the running service over its admin socket; serve, model and doctor work
-alone. Whatever goes wrong ends as one sentence on stderr and exit code 1.
+Commands about users and their data speak to the running service over its admin socket; serve, restore, model and doctor
+work alone. Whatever goes wrong ends as one sentence on stderr and exit code 1.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from persona import cli_data, cli_events, cli_serve, cli_users
+from persona.cli_backup import backup, restore
 from persona.cli_chat import chat
 from persona.cli_doctor import doctor
 from persona.cli_link import Link
@@ -46,6 +47,8 @@ app.command()(cli_serve.serve)
 app.command()(chat)
 app.command()(train)
 app.command()(doctor)
+app.command()(backup)
+app.command()(restore)
 
 
 @app.callback()
@@ -71,17 +74,7 @@ def forget(context: typer.Context, name: Name, yes: Yes = False, json: Json = Fa
     receipt = Link(configuration, name).ask("POST", "/v1/me/forget", json={"confirm": name})
     if json:
         emit(receipt)
-    else:
-        say(f"{name} is forgotten.")
-
-
-@app.command("backup")
-def backup(
-    context: typer.Context, file: Annotated[Path, typer.Argument(help="Where the copy goes.")], json: Json = False
-) -> None:
-    """Copy the database while the service runs; the adapters' folder may be copied as it is."""
-    done = Link(settings(context)).ask("POST", "/admin/backup", json={"file": str(file.absolute())})
-    if json:
-        emit(done)
-    else:
-        say(f"The database is copied to {file}.")
+        return
+    say(f"{name} is forgotten.")
+    for kept in receipt["backups"]:
+        say(f"The backup {kept['path']} of {kept['created'][:10]} still holds {name}: delete it, or make a new one.")

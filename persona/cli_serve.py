@@ -4,6 +4,7 @@ The demo adds a first user and prints lines that work as they stand; the key in 
 """
 
 import asyncio
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, Tim
 from persona.cli_screen import Json, emit, progress, say, settings
 from persona.engine import device, prepare
 from persona.errors import ModelError
+from persona.notify import Supervisor
 from persona.settings import Settings, load
 from storage.users import Users
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from persona.app import House
 
 DEMO_USER = "you"
+_FETCHING = 3_600_000_000  # microseconds that a service manager is asked for: a model may have to be fetched
 _DEMO = """
 persona answers at {url}/v1 and learns from its user «{user}». Key: {told}
 
@@ -68,6 +71,7 @@ def serve(
 ) -> None:
     """Run the service until Ctrl-C or SIGTERM."""
     configuration = load(config) if config else settings(context)
+    Supervisor.of(os.environ).tell(STATUS="Starting: looking for the model", EXTEND_TIMEOUT_USEC=_FETCHING)
     fetched(configuration)
     from persona import app  # takes a second that no other command needs
 

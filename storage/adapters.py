@@ -138,6 +138,17 @@ class Adapters:
         path = files.folder(self._root, version.user_id, version.number)
         await in_thread(files.verify, path, _manifest(version))
 
+    async def copy(self, version: Version, root: Path) -> None:
+        """Copy the files of a version below another root, every byte compared. Raises AdapterError, StorageFull."""
+        source = files.folder(self._root, version.user_id, version.number)
+        target = files.folder(root, version.user_id, version.number)
+        await in_thread(files.copy, source, target, _manifest(version))
+
+    def named(self, connection: sa.Connection) -> Listing:
+        """The published versions that a copy of the database names."""
+        query = sa.select(versions).where(versions.c.state == VersionState.PUBLISHED)
+        return [self._version(row) for row in connection.execute(query)]
+
     async def quarantine(self, user_id: UserId, number: int, reason: str) -> Version | None:
         """Take a damaged version out of service, for that reason; returns what serves now, None for the base."""
         async with self._db.write() as connection:

@@ -7,8 +7,7 @@ disk when it returns. With database_file.py this is the only place that names th
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from persona.domain import UserId
-from persona.errors import Busy, RequestError, StorageFull
+from persona.errors import Busy, StorageFull
 from storage import words
 from storage.database_file import (
     LOCKED,
@@ -30,7 +29,7 @@ from storage.database_file import (
     prepare,
     upgrade_copies,
 )
-from storage.files import full_disk
+from storage.files import full_disk, reserve
 from storage.whole import in_thread, whole
 
 __all__ = [
@@ -51,8 +50,12 @@ Removed = Callable[[UserId, Sequence[int] | None], Awaitable[None]]
 
 NEVER_REUSED: dict[str, Any] = {"sqlite_autoincrement": True}  # of a table: its ids are never given twice
 
-_BACKUPS = sa.table("backups", sa.column("path", sa.String), sa.column("created", sa.DateTime))
 _READERS = 4
+_SPARE = 1 << 20  # bytes
+
+
+class _Enough(Exception):
+    """Ends a trial transaction: it is rolled back."""
 
 
 class Transaction:
@@ -141,18 +144,20 @@ class Database:
         if found != "ok" or loose:
             raise damaged(self.path, "a reference leads nowhere" if found == "ok" else str(found))
 
-    async def backup(self, target: Path) -> None:
-        """Copy the database to the new file `target`, consistent while others write, and remember where it lies.
+    async def spare(self) -> None:
+        """Prove that a few turns would find space. Raises StorageFull if not; nothing is kept."""
+        with contextlib.suppress(_Enough):
+            async with self.write() as connection:
+                await connection.exec_driver_sql("CREATE TABLE spare (bytes)")
+                await connection.exec_driver_sql(f"INSERT INTO spare VALUES (zeroblob({_SPARE}))")
+                raise _Enough
+        await in_thread(reserve, self.path.parent, _SPARE)
 
-        Raises RequestError if `target` exists or cannot be written, StorageFull if it does not fit.
-        """
-        if target.exists():
-            raise RequestError("The backup file exists already; choose a new name.", code="file_exists")
-        with answers(self.path), _writable():
+    async def copy(self, target: Path) -> None:
+        """Copy the database to the new file `target`, consistent while others write. Raises StorageFull."""
+        with answers(self.path), full_disk():
             async with self._copying:
                 await in_thread(copy, self.path, target)
-        async with self.write() as connection:
-            await connection.execute(sa.insert(_BACKUPS).values(path=str(target.absolute()), created=_now()))
 
     async def scrub(self, *, wait: float = 10.0) -> bool:
         """Leave no byte of deleted text in the search index or the write-ahead log. Call it after the commit.
@@ -255,21 +260,6 @@ def hits(user_id: UserId, phrases: Sequence[str], before: int, most: int) -> sa.
     asked = {f"p{at}": f'owner : "u{user_id}" AND words : {phrase}' for at, phrase in enumerate(phrases)}
     every = sa.text(" UNION ALL ".join(one.format(at=at) for at in range(len(phrases))))
     return every.bindparams(user=user_id, before=before, most=most, **asked)
-
-
-@contextlib.contextmanager
-def _writable() -> Iterator[None]:
-    """What the file system says of a place where a backup shall lie, in our words."""
-    try:
-        with full_disk():
-            yield
-    except OSError as error:
-        message = f"The backup cannot be written there: {error.strerror}; name a file in a folder that exists."
-        raise RequestError(message, param="file") from error
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def _engine(path: Path, *, pool: int, begin: str, pragmas: Sequence[str] = ()) -> AsyncEngine:

@@ -78,6 +78,11 @@ def examine(path: Path) -> tuple[str | None, str]:
         return _revision(path), _head()
 
 
+def knows(schema: str) -> bool:
+    """Whether this program can open a file of that schema."""
+    return schema in _known()
+
+
 def prepare(path: Path) -> None:
     """Make the file, or bring it to this program's schema; one process at a time.
 
@@ -96,6 +101,7 @@ def _prepare(path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         revision = _revision(path)
+        _log_ahead(path)  # a copy comes without it, and readers would wait for the writer
         if revision != _head():
             if revision is not None:
                 _keep_before(path, revision)
@@ -138,8 +144,6 @@ def _head() -> str:
 
 def _migrate(path: Path) -> None:
     """All steps in one transaction: after a crash the file has the old schema or the new one."""
-    with contextlib.closing(connect(path)) as plain:
-        plain.execute("PRAGMA journal_mode = WAL")
     engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), isolation_level="AUTOCOMMIT")
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
@@ -149,6 +153,22 @@ def _migrate(path: Path) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.exec_driver_sql("COMMIT")
+    finally:
+        engine.dispose()
+
+
+def _log_ahead(path: Path) -> None:
+    with contextlib.closing(connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[sa.Connection]:
+    """A transaction on a file that nobody else has open, say a copy."""
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)))
+    try:
+        with answers(path), engine.begin() as connection:
+            yield connection
     finally:
         engine.dispose()
 

@@ -6,6 +6,7 @@ being made or removed lies in a folder that begins with tmp-.
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from storage.failpoints import reach
 WEIGHTS = "adapter.safetensors"
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"
+PART = ".part"
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -48,6 +50,12 @@ def full_disk() -> Iterator[None]:
         raise
 
 
+def reserve(place: Path, size: int) -> None:
+    """Take `size` bytes of the disk under `place` and give them back. Raises StorageFull if they are not there."""
+    with full_disk(), tempfile.TemporaryFile(dir=place) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def measure(made: Path) -> tuple[str, int]:
     """SHA-256 and size in bytes of the weights in `made`. Raises AdapterError if there are none."""
     path = made / WEIGHTS
@@ -64,16 +72,16 @@ def seal(made: Path, target: Path, manifest: Mapping[str, Any]) -> None:
             if path.name != WEIGHTS:
                 _remove(path)
         (made / WEIGHTS).chmod(0o400)
-        _sync(made / WEIGHTS)
+        sync(made / WEIGHTS)
         reach("publish-after-files")
         with (made / MANIFEST).open("x", encoding="utf-8") as file:
             json.dump(manifest, file, indent=2)
         (made / MANIFEST).chmod(0o400)
-        _sync(made / MANIFEST)
-        _sync(made)
+        sync(made / MANIFEST)
+        sync(made)
         reach("publish-after-manifest")
         made.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         reach("publish-after-rename")
 
 
@@ -90,6 +98,30 @@ def verify(path: Path, expected: Mapping[str, Any]) -> None:
         raise AdapterError("The manifest of this version does not match the database.")
     if (sha256, size) != (expected["sha256"], expected["bytes"]):
         raise AdapterError("The weights of this version are damaged: their checksum is wrong.")
+
+
+def copy(path: Path, target: Path, expected: Mapping[str, Any]) -> None:
+    """Copy a folder under its number to the new folder `target`, durably, and verify the copy as `verify` does."""
+    with full_disk():
+        target.mkdir(mode=0o700, parents=True)
+        try:
+            for name in (WEIGHTS, MANIFEST):
+                copy_file(path / name, target / name)
+        except FileNotFoundError as error:
+            raise AdapterError("A file of this version is missing or cannot be read.") from error
+    verify(target, expected)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A durable copy of one file, for its owner's eyes only."""
+    shutil.copyfile(source, target)
+    target.chmod(0o600)
+    sync(target)
+
+
+def parts(target: Path) -> list[Path]:
+    """What is being made for `target`, or what a kill left of that."""
+    return sorted(target.parent.glob(f".{glob.escape(target.name)}.*{PART}"))
 
 
 def looks_complete(path: Path, size: int) -> bool:
@@ -121,7 +153,7 @@ def _aside(path: Path) -> Path:
     try:
         gone = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
         path.rename(gone)
-        _sync(path.parent)
+        sync(path.parent)
         return gone
     except OSError:
         return path
@@ -134,7 +166,8 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from persona.domain import Caller, User, UserId
 from persona.errors import Busy, NotFound, RequestError, StorageFull
-from storage import database, events
+from storage import database, events, files
 from storage.database import Database, Transaction
 from storage.tables import backups, deletions, entries, keys, run_examples, runs, tombstones, users, versions
 from storage.whole import in_thread
@@ -198,7 +198,11 @@ async def _erase(connection: Transaction, user: User) -> dict[str, Any]:
 async def _holding(connection: Transaction, since: datetime) -> list[dict[str, str]]:
     """Backups made since then that are still there."""
     made = await connection.execute(sa.select(backups).where(backups.c.created >= since).order_by(backups.c.id))
-    return [{"path": row.path, "created": row.created.isoformat()} for row in made if Path(row.path).exists()]
+    return [{"path": row.path, "created": row.created.isoformat()} for row in made if _there(Path(row.path))]
+
+
+def _there(backup: Path) -> bool:
+    return backup.exists() or bool(files.parts(backup))
 
 
 def _drop_copies(path: Path) -> int:

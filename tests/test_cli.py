@@ -72,7 +72,7 @@ def refused(result: Result, named: str) -> None:
         ("adapters", "import", "in", "--user", "ann"),
         ("adapters", "rollback", "--user", "ann"),
         ("forget", "ann", "--yes"),
-        ("backup", "copy.db"),
+        ("backup", "copy"),
         ("events", "list", "--user", "ann"),
         ("events", "dead"),
         ("events", "facts", "--user", "ann"),
@@ -404,13 +404,48 @@ def test_forget_removes_the_user(service: Running, words: tuple[str, ...]) -> No
     assert answered("users", "list") == []
 
 
-def test_backup_copies_the_database_once(service: Running, tmp_path: Path) -> None:
+def test_a_backup_is_made_once_and_not_restored_under_a_running_service(service: Running, tmp_path: Path) -> None:
     answered("users", "add", "ann")
-    target = tmp_path / "copy.db"
-    assert answered("backup", str(target))["file"] == str(target)
-    with closing(sqlite3.connect(target)) as copy:
+    target = tmp_path / "copy"
+    assert answered("backup", str(target))["folder"] == str(target)
+    with closing(sqlite3.connect(target / "persona.db")) as copy:
         assert copy.execute("SELECT name FROM users").fetchall() == [("ann",)]
     refused(run("backup", str(target)), "exists already")
+    refused(run("backup", str(tmp_path / "none" / "copy")), "folder that exists")
+    refused(run("restore", str(target)), "already running")
+    refused(run("restore", str(target), "--replace"), "already running")
+
+
+def test_a_backup_is_restored_into_an_empty_home_and_replaces_another_when_told_to(
+    service: Running, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered("users", "add", "ann")
+    target = tmp_path / "copy"
+    answered("backup", str(target))
+    monkeypatch.setenv("PERSONA_HOME", str(tmp_path / "fresh"))
+    refused(run("restore", str(tmp_path)), "is no backup")
+    assert answered("restore", str(target)) == {"home": str(tmp_path / "fresh"), "aside": None}
+    refused(run("restore", str(target)), "--replace")
+    result = run("restore", str(target), "--replace")
+    assert "moved aside" not in result.stdout
+    (aside,) = (tmp_path / "fresh").glob("before-restore-*")
+    assert str(aside) in result.stdout
+    assert (aside / "persona.db").exists()
+
+
+def test_threat_32_forget_names_the_backups_that_still_hold_the_user(service: Running, tmp_path: Path) -> None:
+    answered("users", "add", "ann")
+    answered("backup", str(tmp_path / "copy"))
+    assert f"{tmp_path / 'copy'}" in run("forget", "ann", "--yes").stdout
+
+
+def test_a_home_of_another_account_is_not_restored_into(home: Path, tmp_path: Path) -> None:
+    home.mkdir()
+    try:
+        os.chown(home, 12345, 12345)
+    except PermissionError:
+        pytest.skip("only root can give a folder away")
+    refused(run("restore", str(tmp_path)), "account 12345")
 
 
 def test_doctor_sees_the_running_service(service: Running) -> None:

@@ -14,7 +14,7 @@ ROWS: dict[str, tuple[int, str]] = {
     "persona.cli": (5, "persona"), "persona.app": (5, "persona"), "persona.doctor": (5, "persona"),
     "persona.__main__": (5, "persona"), "persona.engine.main": (5, "engine process"),
     "persona.api": (4, "api"), "persona.ingest": (4, "ingest"), "jobs.schedule": (4, "schedule"),
-    "persona.chat": (3, "chat"), "persona.events": (3, "events"), "jobs": (3, "jobs"),
+    "persona.chat": (3, "chat"), "persona.events": (3, "events"), "persona.pulse": (3, "pulse"), "jobs": (3, "jobs"),
     "persona.engine": (2, "engine"), "storage": (2, "storage"), "persona.prompt": (2, "prompt"),
     "persona.frames": (2, "frames"),
     "persona": (1, "ground"), "persona.settings": (1, "ground"), "persona.domain": (1, "ground"),

@@ -37,7 +37,8 @@ class NewKey(Learning):
 
 
 class Backup(msgspec.Struct):
-    file: str
+    folder: str
+    seen: tuple[int, int] | None = None  # device and inode of the parent folder, as who asks sees it
 
 
 async def add_user(request: web.Request) -> web.Response:
@@ -104,12 +105,27 @@ async def status(request: web.Request) -> web.Response:
 
 
 async def backup(request: web.Request) -> web.Response:
-    wire = await bodies.read_json(request, Backup)
-    target = Path(wire.file)
-    if not target.is_absolute() or "\0" in wire.file or not target.parent.is_dir():
-        raise RequestError("file is an absolute path in a folder that exists.", param="file")
-    await services(request).database.backup(target)
-    return web.json_response({"file": str(target), "bytes": target.stat().st_size}, status=201)
+    deps, wire = services(request), await bodies.read_json(request, Backup)
+    made = await deps.backups.make(_place(wire, deps.settings.home))
+    left_out = [
+        f"{user.name}@{gone.number}" for gone in made.left_out if (user := await deps.users.by_id(gone.user_id))
+    ]
+    answer = {"folder": str(made.folder), "bytes": made.bytes, "versions": made.versions, "left_out": left_out}
+    return web.json_response(answer, status=201)
+
+
+def _place(wire: Backup, home: Path) -> Path:
+    """Where the backup goes. A service may have folders of its own where others see the machine's, say /tmp."""
+    target = Path(wire.folder)
+    if not target.is_absolute() or "\0" in wire.folder or not target.parent.is_dir():
+        raise RequestError("folder is an absolute path in a folder that exists.", param="folder")
+    if target.resolve().is_relative_to(home.resolve()):
+        raise RequestError("A backup lies outside the state folder; name another place.", param="folder")
+    about = target.parent.stat()
+    if wire.seen is not None and wire.seen != (about.st_dev, about.st_ino):
+        sentence = f"The service has another folder at {target.parent} than you; name a place that it shares with you."
+        raise RequestError(sentence, param="folder")
+    return target
 
 
 async def _user(request: web.Request) -> User:

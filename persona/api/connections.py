@@ -41,23 +41,32 @@ async def check(http: Http) -> None:
 
 
 class BoundedSite(web.BaseSite):
-    """A TCP address with a cap on connections. Raises ConfigurationError if it cannot listen there."""
+    """A TCP address with a cap on connections: the one of the settings, or that of a socket which listens already.
 
-    def __init__(self, runner: web.BaseRunner, http: Http) -> None:
+    Raises ConfigurationError if it cannot listen there.
+    """
+
+    def __init__(self, runner: web.BaseRunner, http: Http, listening: socket.socket | None = None) -> None:
         super().__init__(runner)
         self._http = http
-        self.port = http.port
+        self._given = listening
+        self.host, self.port = http.host, http.port
+        if listening is not None:
+            self.host, self.port = listening.getsockname()[:2]
 
     @property
     def name(self) -> str:
-        host = f"[{self._http.host}]" if ":" in self._http.host else self._http.host
+        host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
     async def start(self) -> None:
         await super().start()
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(self._admit, self._http.host, self._http.port, backlog=128)
+            if self._given is not None:
+                self._server = await loop.create_server(self._admit, sock=self._given, backlog=128)
+            else:
+                self._server = await loop.create_server(self._admit, self._http.host, self._http.port, backlog=128)
         except OSError as error:
             raise ConfigurationError(_reason(self._http, error)) from None
         for listening in self._server.sockets:

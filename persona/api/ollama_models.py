@@ -39,7 +39,7 @@ async def tags(request: web.Request) -> web.Response:
 async def running(request: web.Request) -> web.Response:
     """One entry: whatever name is asked for, one copy of the base answers."""
     deps = services(request)
-    health = await ops.engine(deps)
+    health = await deps.pulse.take(ops.ENGINE_SECONDS)
     loaded = [_loaded(deps, one, health) for one in await served(request) if one.name == "persona" and health]
     return web.json_response({"models": loaded})
 

@@ -1,20 +1,20 @@
 """For the machine that watches: is the process alive, may it get requests, and what does it count.
 
-/health and /ready answer without a key and name no user; a full disk makes the service unready, not unhealthy, so that
-nobody restarts it for that.
+/health and /ready answer without a key and name no user. Unready (503) means that chat is impossible. What is merely
+degraded (a full disk, an absent broker) is named with 200: who took the service out of its place for that would turn a
+part of the trouble into the whole of it.
 """
 
-import asyncio
 import shutil
 
 from aiohttp import web
 
 from persona.api.services import Services, services
-from persona.engine.protocol import Health
-from persona.errors import PersonaError
+from persona.errors import PersonaError, StorageFull
 
 ENGINE_SECONDS = 5.0
 MIN_FREE = 32 << 20  # bytes of disk below which nothing sensible can be stored
+FULL = "The disk is full: replies go unrecorded until there is space."
 
 
 async def health(request: web.Request) -> web.Response:
@@ -23,33 +23,27 @@ async def health(request: web.Request) -> web.Response:
 
 async def ready(request: web.Request) -> web.Response:
     deps = services(request)
-    checks = {
-        "engine": await _engine_trouble(deps),
-        "database": await _database_trouble(deps),
-        "disk": _disk_trouble(deps),
+    needed = {"engine": await _engine_trouble(deps), "database": await _database_trouble(deps)}
+    useful = {"disk": await _disk_trouble(deps), **dict(check() for check in deps.checks)}
+    able = not any(needed.values())
+    checks = {**needed, **useful}
+    answer = {
+        "ready": able,
+        "degraded": [name for name, trouble in checks.items() if trouble],
+        "checks": {name: trouble or "ok" for name, trouble in checks.items()},
     }
-    troubles = {name: trouble for name, trouble in checks.items() if trouble}
-    answer = {"ready": not troubles, "checks": {name: trouble or "ok" for name, trouble in checks.items()}}
-    return web.json_response(answer, status=503 if troubles else 200, headers={"Retry-After": "5"} if troubles else {})
+    return web.json_response(answer, status=200 if able else 503, headers={} if able else {"Retry-After": "5"})
 
 
 async def metrics(request: web.Request) -> web.Response:
     deps = services(request)
-    page = deps.metrics.page(await engine(deps), len(deps.chat.running))
+    page = deps.metrics.page(await deps.pulse.take(ENGINE_SECONDS), len(deps.chat.running))
     return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-async def engine(deps: Services) -> Health | None:
-    """What the engine says of itself, or None if it does not within ENGINE_SECONDS."""
-    try:
-        async with asyncio.timeout(ENGINE_SECONDS):
-            return await deps.engine.health()
-    except (PersonaError, TimeoutError):
-        return None
-
-
 async def _engine_trouble(deps: Services) -> str | None:
-    return None if await engine(deps) else "The engine does not answer; it is being started."
+    await deps.pulse.take(ENGINE_SECONDS)
+    return deps.pulse.trouble()
 
 
 async def _database_trouble(deps: Services) -> str | None:
@@ -60,7 +54,12 @@ async def _database_trouble(deps: Services) -> str | None:
     return None
 
 
-def _disk_trouble(deps: Services) -> str | None:
-    if deps.chat.disk_full or shutil.disk_usage(deps.settings.home).free < MIN_FREE:
-        return "The disk is full: replies go unrecorded until there is space."
-    return None
+async def _disk_trouble(deps: Services) -> str | None:
+    """A full disk is forgotten as soon as it has space again, whether or not somebody chats meanwhile."""
+    if deps.chat.disk_full:
+        try:
+            await deps.database.spare()
+            deps.chat.disk_full = False
+        except PersonaError as error:
+            return FULL if isinstance(error, StorageFull) else error.message
+    return FULL if shutil.disk_usage(deps.settings.home).free < MIN_FREE else None

@@ -4,7 +4,7 @@ Protocols stand where the concrete class lives beside this package, so that impo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
@@ -17,13 +17,18 @@ from persona.domain import Caller, ChatTokenizer, Run, UserId
 from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
 from persona.events import Intake
+from persona.pulse import Pulse
 from persona.settings import Settings
 from storage.adapters import Adapters
+from storage.backup import Backups
 from storage.database import Database
 from storage.events import Events
 from storage.history import History
 from storage.runs import Runs
 from storage.users import Users
+
+# Of a part whose trouble degrades the service without stopping chat: (name, what is wrong or None).
+Check = Callable[[], tuple[str, str | None]]
 
 
 class Training(Protocol):
@@ -54,6 +59,7 @@ class Services:
     runs: Runs
     events: Events
     intake: Intake
+    backups: Backups
     engine: Engine
     tokenizer: ChatTokenizer
     chat: Chat
@@ -63,6 +69,8 @@ class Services:
     base: Callable[[], str]
     metrics: Metrics
     prepared: Prepared | None  # the base's folder; None where the engine keeps it to itself
+    pulse: Pulse
+    checks: list[Check] = field(default_factory=list)
 
 
 SERVICES: web.AppKey[Services] = web.AppKey("services")

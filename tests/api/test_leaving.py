@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 from live import Live, Start
+from manager import Manager
 
+from persona.app_watch import watching
 from persona.engine.scripted import ScriptedEngine
+from persona.notify import Supervisor
 
 BODY: dict[str, Any] = {"model": "persona", "messages": [{"role": "user", "content": "talk"}]}
 
@@ -114,7 +117,8 @@ async def test_threat_23_on_a_full_disk_chat_answers_unrecorded_and_ready_says_w
     assert body["choices"][0]["message"]["content"] == "Hello."
     assert body["persona"]["recorded"] is False
     assert body["persona"]["turn"] is None
-    ready = await live.call("GET", "/ready", user=None, status=503)
+    ready = await live.call("GET", "/ready", user=None)
+    assert (ready["ready"], ready["degraded"]) == (True, ["disk"]), "chat goes on"
     assert "disk is full" in ready["checks"]["disk"]
     await live.call("GET", "/health", user=None)
     item = {"ts": 0, "text": "y" * 9000}
@@ -127,8 +131,20 @@ async def test_threat_23_after_space_returns_everything_is_as_before(live: Live)
     await fill_disk(live)
     async with live.services.database.write() as connection:
         await connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+    assert (await live.call("GET", "/ready", user=None))["degraded"] == [], "it looked, though nobody chatted"
     assert (await live.say("again"))["persona"]["recorded"] is True
-    await live.call("GET", "/ready", user=None)
+
+
+async def test_threat_23_a_full_disk_never_stops_the_beats_for_the_watchdog(live: Live) -> None:
+    await live.say("before")
+    await fill_disk(live)
+    live.services.checks.append(lambda: ("broker", "The broker does not answer."))
+    with Manager() as manager:
+        async with watching(Supervisor(manager.address, watchdog=0.2)) as watch:
+            watch.ready(live.services.pulse, live.url)
+            await asyncio.sleep(1.0)
+            assert (await live.call("GET", "/ready", user=None))["degraded"] == ["disk", "broker"]
+        assert manager.beats(0.1) >= 5
 
 
 async def test_threat_08_a_stream_ends_on_the_version_on_which_it_began(start: Start) -> None:

@@ -98,22 +98,25 @@ async def test_status_tells_what_runs(live: Live) -> None:
     assert status["engine"]["model"] == "scripted"
 
 
-async def test_a_backup_is_a_database_that_opens(live: Live, tmp_path: Path) -> None:
-    from storage.database import Database
-    from storage.users import Users
-
+async def test_a_backup_is_a_folder_of_its_own_outside_the_state_folder(live: Live, tmp_path: Path) -> None:
     await live.say("hi")
-    file = tmp_path / "copy.db"
-    made = await admin(live, "POST", "/admin/backup", 201, json={"file": str(file)})
-    assert made["bytes"] == file.stat().st_size
-    copy = await Database.open(file)
-    try:
-        assert [user.name for user in await Users(copy).all()] == ["ann"]
-    finally:
-        await copy.close()
-    await admin(live, "POST", "/admin/backup", 400, json={"file": str(file)})
-    await admin(live, "POST", "/admin/backup", 400, json={"file": "relative.db"})
-    await admin(live, "POST", "/admin/backup", 400, json={"file": str(tmp_path / "missing" / "x.db")})
+    await live.publish()
+    folder = tmp_path / "copy"
+    made = await admin(live, "POST", "/admin/backup", 201, json={"folder": str(folder)})
+    files = [file for file in folder.rglob("*") if file.is_file() and file != folder / "manifest.json"]
+    assert made["bytes"] == sum(file.stat().st_size for file in files)
+    assert (made["versions"], made["left_out"]) == (1, [])
+    inside = str(live.services.settings.home / "copy")
+    for place in (str(folder), "relative", str(tmp_path / "missing" / "x"), inside, str(tmp_path / "a\0b")):
+        await admin(live, "POST", "/admin/backup", 400, json={"folder": place})
+
+
+async def test_a_place_that_the_service_sees_differently_is_refused(live: Live, tmp_path: Path) -> None:
+    asked = {"folder": str(tmp_path / "copy"), "seen": [1, 1]}
+    refused = await admin(live, "POST", "/admin/backup", 400, json=asked)
+    assert "another folder" in refused["error"]["message"]
+    seen = [tmp_path.stat().st_dev, tmp_path.stat().st_ino]
+    await admin(live, "POST", "/admin/backup", 201, json={**asked, "seen": seen})
 
 
 async def test_ready_names_what_is_not(start: Start) -> None:

@@ -17,6 +17,11 @@ import aiohttp
 import openai
 import pytest
 
+from persona import app
+from persona.engine.scripted import ScriptedEngine, ScriptedText
+from persona.errors import ConfigurationError
+from persona.settings import Settings
+
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = textwrap.dedent(
     """
@@ -160,3 +165,38 @@ async def test_threat_07_after_kill_9_the_next_start_works_and_keeps_what_was_co
         told = [entry["text"] for entry in (await again.call("GET", "/v1/me/history"))["data"]]
         assert told == ["keep this", "word0 word1 word2"]
         assert (await again.end())[0] == 0
+
+
+async def test_threat_07_a_start_after_kill_9_says_what_it_repaired_and_one_after_an_orderly_stop_is_silent(
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "home"
+    async with served(tmp_path) as process:
+        _, log = await process.end()
+        assert "repaired" not in [line["event"] for line in log]
+    async with served(tmp_path) as process:
+        process.child.kill()
+        out, _ = await process.child.communicate()
+        assert "repaired" not in out.decode()
+    (home / "run/export-abc").mkdir()
+    (home / "persona-before-9-was-8.db.part").touch()
+    (home / "restoring-abc").mkdir()
+    (home / "adapters/tmp-abc").mkdir(parents=True)
+    async with served(tmp_path) as again:
+        _, log = await again.end()
+    mended = "\n".join(line["what"] for line in log if line["event"] == "repaired")
+    for named in ("restoring-abc", "export-abc", "persona-before-9-was-8.db.part", "socket", "tmp-abc"):
+        assert named in mended, named
+    assert mended.count("\n") == 4
+    async with served(tmp_path) as process:
+        _, log = await process.end()
+        assert "repaired" not in [line["event"] for line in log]
+
+
+async def test_threat_07_a_start_after_a_restore_that_was_cut_short_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "home/restoring-abc").mkdir(parents=True)
+    settings = Settings.model_validate({"home": tmp_path / "home", "http": {"port": 0}})
+    with pytest.raises(ConfigurationError, match="was cut short: run `persona restore` again"):
+        async with app.build(settings, engine=ScriptedEngine(), tokenizer=ScriptedText()):
+            pass
+    assert not settings.database.exists()

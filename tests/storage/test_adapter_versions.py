@@ -89,7 +89,7 @@ async def test_threat_23_a_full_disk_while_publishing_leaves_nothing_behind(adap
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "_sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(StorageFull):
         await publish(adapters, ann.id, folder=folder)
     monkeypatch.undo()

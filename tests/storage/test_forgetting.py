@@ -1,12 +1,14 @@
 """«Forget me»: nothing is left, nothing comes back, and nobody else is touched."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
 
 from persona.domain import Line, UserId
 from persona.errors import NotFound
+from storage.backup import Backups
 from storage.history import History, ImportItem
 
 CANARY = "xylophonquartz"
@@ -102,12 +104,12 @@ async def test_threat_32_a_user_of_the_same_name_is_somebody_new(users, ann, pla
     assert (await make(again.id)).path != old.path
 
 
-async def test_threat_32_the_receipt_lists_the_backups_that_still_hold_the_user(users, ann, db, tmp_path):
+async def test_threat_32_the_receipt_lists_the_backups_that_still_hold_the_user(users, ann, db, adapters, tmp_path):
     (tmp_path / "copies").mkdir()
-    kept, lost = tmp_path / "copies" / "kept.db", tmp_path / "copies" / "lost.db"
-    await db.backup(kept)
-    await db.backup(lost)
-    lost.unlink()
+    kept, lost = tmp_path / "copies" / "kept", tmp_path / "copies" / "lost"
+    for folder in (kept, lost):
+        await Backups(db, adapters).make(folder)
+    shutil.rmtree(lost)
     late = await users.add("late")
     assert [entry["path"] for entry in (await users.forget(ann.id))["backups"]] == [str(kept)]
     assert (await users.forget(late.id))["backups"] == []

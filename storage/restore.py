@@ -1,0 +1,164 @@
+"""From a backup to a state folder, while no service runs: all of it is proved before anything is replaced.
+
+What was there is moved aside into a folder of its own, never deleted. The database comes last: a state folder with an
+unfinished restore and without a database is refused at the start, so that nobody mistakes it for a fresh one.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from persona.errors import ConfigurationError, RequestError, SchemaError
+from storage import database_file, files
+from storage.backup import ADAPTERS, DATABASE, FORMAT, MANIFEST, describe
+from storage.failpoints import reach
+from storage.tables import backups
+
+UNFINISHED = "restoring-"
+ASIDE = "before-restore-"
+
+_FILE = re.compile(r"persona\.db|adapters/\d{1,18}/\d{1,18}/(adapter\.safetensors|manifest\.json)")
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a proved backup holds."""
+
+    folder: Path
+    created: datetime
+    files: tuple[str, ...]
+
+
+def read(backup: Path) -> Contents:
+    """Compare every byte of a backup with its manifest.
+
+    Raises RequestError if it is none, SchemaError if it is damaged or of a newer persona.
+    """
+    about = _manifest(backup)
+    listed = about["files"]
+    for name, expected in listed.items():
+        path = backup / name
+        if path.is_symlink() or not path.is_file() or describe(path) != expected:
+            raise SchemaError(f"The backup {backup} is damaged: {name} is missing or changed; use another one.")
+    return Contents(backup.absolute(), datetime.fromisoformat(about["created"]), tuple(listed))
+
+
+def restore(backup: Path, home: Path, *, replace: bool, now: datetime) -> Path | None:
+    """Put a backup in the place of what `home` holds; returns where that lies now. The caller holds the home's lock.
+
+    Raises as `read` does, ConfigurationError if `home` holds something and `replace` is not set, StorageFull.
+    """
+    contents = read(backup)
+    database = home / DATABASE
+    if not replace and _occupied(home):
+        raise ConfigurationError(
+            f"{home} holds data already: with --replace it is moved aside and the backup takes its place."
+        )
+    with files.full_disk():
+        _forget_unfinished(home)
+        made = _copied(contents, home)
+        aside = home / f"{ASIDE}{now:%Y%m%dT%H%M%S}" if _occupied(home) else None
+        _record(made / DATABASE, [(contents.folder, contents.created), *([(aside, now)] if aside else [])])
+        if aside is not None:
+            _move_aside(database, aside)
+        reach("restore-before-swap")
+        _move_in(made, home)
+    return aside
+
+
+def settle(home: Path) -> list[str]:
+    """At the start, before the database is opened: remove what a restore left. One sentence for each mending.
+
+    Raises ConfigurationError if a restore was cut short before its database was in place.
+    """
+    left = sorted(home.glob(f"{UNFINISHED}*"))
+    if left and not (home / DATABASE).exists():
+        raise ConfigurationError(
+            f"A restore into {home} was cut short: run `persona restore` again, with --replace, before the start."
+        )
+    _forget_unfinished(home)
+    return [f"The unfinished restore {path} was removed." for path in left]
+
+
+def _manifest(backup: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((backup / MANIFEST).read_bytes())
+        form, schema, listed = about["format"], str(about["schema"]), dict(about["files"])
+        datetime.fromisoformat(about["created"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise RequestError(f"{backup} is no backup: name the folder that `persona backup` made.") from None
+    if form != FORMAT or not database_file.knows(schema):
+        raise SchemaError(
+            f"The backup {backup} was made by another persona (schema {schema}); install the one that made it, or a "
+            "newer one, and restore it with that."
+        )
+    if DATABASE not in listed or not all(_FILE.fullmatch(name) for name in listed):
+        raise SchemaError(f"The backup {backup} is damaged: its manifest names other files; use another one.")
+    return {**about, "files": listed}
+
+
+def _occupied(home: Path) -> bool:
+    adapters = home / ADAPTERS
+    return (home / DATABASE).exists() or (adapters.is_dir() and any(adapters.iterdir()))
+
+
+def _copied(contents: Contents, home: Path) -> Path:
+    """The backup's files beside their later place, durable, and the database proved and ready for use."""
+    made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=home))
+    for name in contents.files:
+        target = made / name
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.copy_file(contents.folder / name, target)
+    (made / ADAPTERS).mkdir(mode=0o700, exist_ok=True)
+    database_file.examine(made / DATABASE)
+    for folder in (path for path in (*made.rglob("*"), made) if path.is_dir()):
+        files.sync(folder)
+    return made
+
+
+def _record(database: Path, places: list[tuple[Path, datetime]]) -> None:
+    """Note where older copies lie, so that whoever is forgotten learns of them."""
+    with database_file.alone(database) as connection:
+        known = set(connection.execute(sa.select(backups.c.path)).scalars())
+        rows = [{"path": str(place), "created": created} for place, created in places if str(place) not in known]
+        if rows:
+            connection.execute(sa.insert(backups), rows)
+    files.sync(database)
+
+
+def _move_aside(database: Path, aside: Path) -> None:
+    """The database goes first: from here until the end there is none."""
+    home = database.parent
+    with contextlib.suppress(Exception):  # it may be the damaged one that is replaced
+        database_file.checkpoint(database)
+    aside.mkdir(mode=0o700)
+    rest = [*home.glob(f"{database.name}-*"), *database_file.upgrade_copies(database), home / ADAPTERS]
+    for path in (database, *rest):
+        if os.path.lexists(path):
+            path.rename(aside / path.name)
+    files.sync(aside)
+    files.sync(home)
+
+
+def _move_in(made: Path, home: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (home / ADAPTERS).rmdir()  # an empty one, at most
+    (made / ADAPTERS).rename(home / ADAPTERS)
+    files.sync(home)
+    (made / DATABASE).rename(home / DATABASE)
+    files.sync(home)
+    shutil.rmtree(made)
+
+
+def _forget_unfinished(home: Path) -> None:
+    for path in home.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""A disk that is really full: the whole service in a file system of its own, small enough to fill."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from parts import program
+
+ROOT = Path(__file__).parent.parent.parent
+PROGRAM = """
+import asyncio, json, os, sys
+from pathlib import Path
+import aiohttp
+from persona import app
+from persona.engine.scripted import ScriptedEngine, ScriptedText
+from persona.settings import Settings
+
+disk = Path(sys.argv[1])
+settings = Settings.model_validate({"home": disk / "home", "http": {"port": 0}, "log": {"level": "error"}})
+
+
+async def main() -> None:
+    async with app.build(settings, engine=ScriptedEngine(), tokenizer=ScriptedText()) as house:
+        user = await house.services.users.add("ann")
+        _, key = await house.services.users.add_key(user.id)
+        connector = aiohttp.UnixConnector(path=str(settings.admin_socket))
+        async with (
+            aiohttp.ClientSession(house.url, headers={"Authorization": f"Bearer {key}"}) as http,
+            aiohttp.ClientSession("http://persona", connector=connector) as admin,
+        ):
+            print(json.dumps(await story(http, admin)))
+
+
+async def story(http, admin):
+    async def chat(text):
+        body = {"model": "persona", "messages": [{"role": "user", "content": text}]}
+        async with http.post("/v1/chat/completions", json=body) as answer:
+            return answer.status, answer.headers["x-persona-recorded"]
+
+    async def ready():
+        async with http.get("/ready") as answer:
+            return answer.status, (await answer.json())["degraded"]
+
+    async def backup():
+        async with admin.post("/admin/backup", json={"folder": str(disk / "copy")}) as answer:
+            return answer.status, sorted(path.name for path in disk.iterdir())
+
+    told = {"before": [await chat("hello"), await ready()]}
+    with open(disk / "filling", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+    said = [await chat(f"{number} " + "x" * 3000) for number in range(60)]
+    told["full"] = [said[-1], await ready(), await backup()]
+    os.unlink(disk / "filling")
+    told["after"] = [await ready(), await chat("again"), await backup()]
+    return told
+
+
+asyncio.run(main())
+"""
+
+
+def test_threat_23_a_full_disk_is_told_chat_goes_on_and_space_that_returns_is_noticed(tmp_path: Path) -> None:
+    own = [program("unshare"), "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives nobody a file system of their own")
+    mount = 'mount -t tmpfs -o size=80m tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    done = subprocess.run(
+        [*own, "sh", "-c", mount, "sh", str(tmp_path), sys.executable, PROGRAM],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["before"] == [[200, "true"], [200, []]]
+    chat, ready, backup = told["full"]
+    assert (chat, ready) == ([200, "false"], [200, ["disk"]])
+    assert backup == [503, ["filling", "home"]], "a backup that does not fit leaves nothing"
+    ready, chat, backup = told["after"]
+    assert (ready, chat) == ([200, []], [200, "true"])
+    assert backup == [201, ["copy", "home"]]

@@ -1,0 +1,306 @@
+"""A backup under load, and back: the same history, versions and serving pointer, or a refusal in clear words."""
+
+import asyncio
+import json
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from persona.domain import VersionState
+from persona.errors import ConfigurationError, RequestError, SchemaError
+from storage import restore
+from storage.adapters import Adapters
+from storage.backup import Backups
+from storage.database import Database
+from storage.failpoints import KILLED
+from storage.history import History, ImportItem
+from storage.users import Users
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    (tmp_path / "copies").mkdir()
+    return tmp_path / "copies" / "first"
+
+
+@pytest.fixture
+def made(db: Database, adapters: Adapters) -> Backups:
+    return Backups(db, adapters)
+
+
+def back(backup: Path, home: Path, now, *, replace: bool = False) -> Path | None:
+    home.mkdir(exist_ok=True)
+    return restore.restore(backup, home, replace=replace, now=now)
+
+
+async def contents(home: Path, name: str) -> dict[str, object]:
+    """History, versions and pointer of a user, out of a state folder."""
+    db = await Database.open(home / "persona.db")
+    adapters = Adapters(db, home / "adapters")
+    mended = await adapters.repair()
+    assert all("before it was judged" in sentence for sentence in mended), "a candidate is all that may be unfinished"
+    await db.check()
+    user = await Users(db).get(name)
+    entries = await History(db).page(user.id, limit=100_000)
+    versions = await adapters.list(user.id)
+    for version in versions:
+        if version.state is VersionState.PUBLISHED:
+            await adapters.verify(version)
+    active = await adapters.active(user.id)
+    await db.close()
+    return {
+        "texts": [(entry.role, entry.text) for entry in entries],
+        "versions": [(version.number, version.state, version.sha256) for version in versions],
+        "active": active.number if active else None,
+    }
+
+
+async def test_threat_34_a_backup_comes_back_with_history_versions_and_pointer(
+    made, place, ann, make, adapters, target, tmp_path, now
+):
+    entry = (await place("hello", "hi", "how are you")).tail
+    await make(ann.id, (entry,))
+    await make(ann.id, (entry,), parent=1)
+    await adapters.rollback(ann.id, 1)
+    done = await made.make(target)
+    assert (done.versions, done.left_out) == (2, ())
+    for path in (target, *(path for path in target.rglob("*") if path.is_file())):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+    assert back(target, tmp_path / "home", now) is None
+    found = await contents(tmp_path / "home", "ann")
+    assert [text for _, text in found["texts"]] == ["hello", "hi", "how are you"]
+    assert [number for number, _, _ in found["versions"]] == [1, 2]
+    assert found["active"] == 1
+    with closing(sqlite3.connect(tmp_path / "home/persona.db")) as restored:
+        assert restored.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+async def test_threat_34_backups_under_load_are_whole_while_turns_come_and_versions_go(
+    made, db, history, ann, make, adapters, now, target, tmp_path
+):
+    stop = asyncio.Event()
+
+    async def write() -> int:
+        batches = 0
+        while not stop.is_set():
+            items = [ImportItem(f"batch {batches} item {at}", now, f"{batches}-{at}") for at in range(20)]
+            await history.import_(ann.id, items, count=len, now=now)
+            batches += 1
+        return batches
+
+    async def learn() -> None:
+        while not stop.is_set():
+            await make(ann.id)
+            await adapters.prune(ann.id, keep=1)
+
+    working = asyncio.gather(write(), learn())
+    folders = [target.with_name(f"{at}") for at in range(4)]
+    for folder in folders:
+        await asyncio.sleep(0.1)
+        assert (await made.make(folder)).left_out == ()
+    stop.set()
+    batches, _ = await working
+    sizes = []
+    for at, folder in enumerate(folders):
+        back(folder, tmp_path / f"home{at}", now)
+        found = await contents(tmp_path / f"home{at}", "ann")
+        assert len(found["texts"]) % 20 == 0, "a batch is there as a whole or not at all"
+        assert found["active"] is None or (found["active"], VersionState.PUBLISHED) in [
+            v[:2] for v in found["versions"]
+        ]
+        sizes.append(len(found["texts"]))
+    assert sizes == sorted(sizes)
+    assert 0 < sizes[0] <= sizes[-1] <= batches * 20
+    assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == []
+
+
+async def test_threat_34_a_version_that_goes_between_database_and_files_makes_the_copy_start_again(
+    db, root, made, ann, make, adapters, target, tmp_path, now
+):
+    class Late(Adapters):
+        """Its files go once, just before they would be copied."""
+
+        gone = False
+
+        async def copy(self, version, root) -> None:
+            if not self.gone:
+                self.gone = True
+                await self.rollback(ann.id, 0)
+                await self.prune(ann.id, keep=1)
+            await super().copy(version, root)
+
+    await make(ann.id)
+    await make(ann.id)
+    done = await Backups(db, Late(db, root)).make(target)
+    assert (done.versions, done.left_out) == (1, ())
+    back(target, tmp_path / "home", now)
+    found = await contents(tmp_path / "home", "ann")
+    assert [state for _, state, _ in found["versions"]] == [VersionState.RETIRED, VersionState.PUBLISHED]
+
+
+async def test_threat_06_a_damaged_version_is_left_out_and_named_and_the_rest_is_kept(
+    made, ann, make, target, tmp_path, now
+):
+    first, second = await make(ann.id), await make(ann.id)
+    weights = Path(second.path, "adapter.safetensors")
+    weights.chmod(0o600)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    done = await made.make(target)
+    assert [version.number for version in done.left_out] == [second.number]
+    back(target, tmp_path / "home", now)
+    db = await Database.open(tmp_path / "home/persona.db")
+    adapters = Adapters(db, tmp_path / "home/adapters")
+    assert len(await adapters.repair()) == 1
+    assert (await adapters.active(ann.id)).number == first.number
+    await db.close()
+
+
+async def test_threat_34_a_backup_does_not_overwrite_and_a_failed_one_leaves_nothing(made, target, users, ann):
+    target.write_text("precious")
+    with pytest.raises(RequestError) as refusal:
+        await made.make(target)
+    assert refusal.value.code == "file_exists"
+    assert target.read_text() == "precious"
+    with pytest.raises(RequestError) as refusal:
+        await made.make(target.parent / "no such folder" / "copy")
+    assert refusal.value.param == "folder"
+    assert (await users.forget(ann.id))["backups"] == [], "what failed is not on record"
+
+
+@pytest.fixture
+async def backup(made, place, ann, make, target) -> Path:
+    await make(ann.id, ((await place("hello")).tail,))
+    await made.make(target)
+    return target
+
+
+def rewrite(backup: Path, **changes: object) -> None:
+    manifest = backup / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "database cut": lambda backup: os.truncate(backup / "persona.db", 8192),
+    "database gone": lambda backup: (backup / "persona.db").unlink(),
+    "a bit of it flipped": lambda backup: flip(backup / "persona.db"),
+    "an adapter cut": lambda backup: os.truncate(next(backup.glob("adapters/*/*/adapter.safetensors")), 3),
+    "an adapter gone": lambda backup: shutil.rmtree(backup / "adapters"),
+    "a link in its place": lambda backup: link(next(backup.glob("adapters/*/*/adapter.safetensors"))),
+    "files outside named": lambda backup: rewrite(backup, files={"persona.db": {}, "../../x": {}}),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("other"))
+    path.symlink_to("other")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_threat_24_a_damaged_backup_is_refused_and_nothing_is_touched(backup, tmp_path, now, damage):
+    DAMAGES[damage](backup)
+    with pytest.raises(SchemaError, match=r"is damaged: .*; use another one"):
+        back(backup, tmp_path / "home", now)
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"[" * 100_000, b"\xff"])
+async def test_a_folder_that_is_no_backup_is_refused(backup, tmp_path, now, content):
+    (backup / "manifest.json").unlink()
+    if content is not None:
+        (backup / "manifest.json").write_bytes(content)
+    with pytest.raises(RequestError, match="is no backup: name the folder"):
+        back(backup, tmp_path / "home", now)
+
+
+async def test_threat_24_a_backup_of_a_newer_persona_is_refused_in_clear_words(backup, tmp_path, now):
+    rewrite(backup, schema="9999")
+    with pytest.raises(SchemaError, match=r"another persona \(schema 9999\); install the one that made it"):
+        back(backup, tmp_path / "home", now)
+    rewrite(backup, schema="0001", format=2)
+    with pytest.raises(SchemaError, match="another persona"):
+        back(backup, tmp_path / "home", now)
+
+
+async def test_threat_34_what_is_there_is_refused_or_moved_aside_but_never_deleted(backup, tmp_path, now):
+    home = tmp_path / "home"
+    back(backup, home, now)
+    with closing(sqlite3.connect(home / "persona.db")) as old, old:
+        old.execute("UPDATE users SET name = 'old'")
+    before = (home / "persona.db").read_bytes()
+    with pytest.raises(ConfigurationError, match="--replace"):
+        back(backup, home, now)
+    aside = back(backup, home, now, replace=True)
+    assert aside is not None
+    assert (aside / "persona.db").read_bytes() == before
+    assert list((aside / "adapters").glob("*/*/adapter.safetensors"))
+    assert (await contents(home, "ann"))["active"] == 1
+
+
+async def test_threat_32_a_receipt_after_a_restore_names_the_backup_and_what_was_moved_aside(backup, tmp_path, now):
+    home, moved = tmp_path / "home", backup.with_name("elsewhere")
+    backup.rename(moved)
+    later = now + timedelta(days=365)
+    back(moved, home, later)
+    aside = back(moved, home, later + timedelta(days=1), replace=True)
+    db = await Database.open(home / "persona.db")
+    user = await Users(db).get("ann")
+    receipt = await Users(db).forget(user.id)
+    assert {entry["path"] for entry in receipt["backups"]} == {str(moved), str(aside)}
+    await db.close()
+
+
+@pytest.mark.parametrize("failpoint", ["backup-after-database", "backup-before-rename"])
+async def test_threat_07_what_a_kill_leaves_of_a_backup_is_named_in_a_receipt_and_removed_at_the_start(
+    db, root, ann, users, made, target, failpoint
+):
+    assert killed("backup_me.py", db.path, root, target, failpoint=failpoint) == KILLED
+    assert not target.exists()
+    (left,) = target.parent.iterdir()
+    (sentence,) = await made.repair()
+    assert str(left) in sentence
+    assert list(target.parent.iterdir()) == []
+    assert await made.repair() == []
+    assert killed("backup_me.py", db.path, root, target, failpoint=failpoint) == KILLED
+    assert [entry["path"] for entry in (await users.forget(ann.id))["backups"]][-1] == str(target)
+
+
+async def test_threat_07_a_restore_that_was_killed_is_refused_at_the_start_and_can_be_done_again(backup, tmp_path, now):
+    home = tmp_path / "home"
+    back(backup, home, now)
+    assert killed("restore_me.py", backup, home, failpoint="restore-before-swap") == KILLED
+    assert not (home / "persona.db").exists()
+    with pytest.raises(ConfigurationError, match=r"cut short: run `persona restore` again, with --replace"):
+        restore.settle(home)
+    back(backup, home, now + timedelta(days=1), replace=True)
+    assert restore.settle(home) == []
+    assert (await contents(home, "ann"))["active"] == 1
+
+
+async def test_a_restore_that_was_killed_before_it_touched_anything_is_swept_away(backup, tmp_path, now):
+    back(backup, tmp_path / "home", now)
+    (tmp_path / "home/restoring-abc").mkdir()
+    (sentence,) = restore.settle(tmp_path / "home")
+    assert "restoring-abc was removed" in sentence
+    assert restore.settle(tmp_path / "home") == []
+
+
+def killed(script: str, *arguments: object, failpoint: str) -> int:
+    environment = {**os.environ, "PERSONA_FAILPOINT": failpoint, "PYTHONPATH": str(HERE.parents[1])}
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], env=environment).returncode
