@@ -1,13 +1,14 @@
 """The recipe: new history → examples → candidate → gate → pointer → flip.
 
 Whatever fails, the run ends with one recorded sentence and the version that served goes on serving. A candidate is
-durable before it is judged and serves only after the gate kept it; one that is not kept loses its files.
+durable before it is judged and serves only after the gate kept it; one that is not kept loses its files. A run looks at
+history up to one entry, so that after a stop it finds the same examples and its training goes on from its checkpoint.
 """
 
 import asyncio
 import math
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,7 +18,7 @@ from typing import Any, cast
 import msgspec
 import structlog
 
-from jobs import dataset, evaluate, retention
+from jobs import dataset, evaluate, recovery, retention
 from persona.domain import ChatTokenizer, EntryId, Run, RunState, User, UserId, Version, VersionState
 from persona.engine.faces import Engine
 from persona.engine.protocol import Plan, Progress, TrainRequest, ref
@@ -27,6 +28,7 @@ from storage.adapters import Adapters
 from storage.history import History
 from storage.runs import ExampleRow, Runs
 from storage.users import Users
+from storage.whole import whole
 
 log = structlog.get_logger()
 
@@ -68,24 +70,38 @@ class Finetune:
         self.base_hash = base_hash
         self.clock = clock
         self.progress: dict[UserId, Progress] = {}
+        self._leaving = False
+
+    def leave(self) -> None:
+        """The service stops: a run that is cancelled from now on waits for the next start."""
+        self._leaving = True
 
     async def run(self, run: Run) -> Run:
-        """Carry out a queued run; returns it as it ended. Cancelled, it ends as interrupted and says so.
+        """Carry out a queued run; returns it as it ended. Cancelled, it ends as interrupted and says so, or waits.
 
         Raises NotFound if the user was forgotten meanwhile.
         """
-        through = EntryId(0)  # what this run could see: enough text has to come after it before the next verdict
         try:
-            await _undisturbed(self._runs.start(run.id, self.clock()))
-            through = await self._history.last_id(run.user_id)
-            outcome = await self._attempt(run)
-        except asyncio.CancelledError:
-            outcome = _Outcome(RunState.INTERRUPTED, "The run was stopped; the serving version is unchanged.")
-            await _undisturbed(self._close(run, outcome, through))
-            raise
+            return await self._carry_out(run)
         finally:
             self.progress.pop(run.user_id, None)
-        return await _undisturbed(self._close(run, outcome, through))
+
+    async def _carry_out(self, run: Run) -> Run:
+        try:
+            last = await self._history.last_id(run.user_id)
+            run = await whole(self._runs.start(run.id, self.clock(), last))
+            outcome = await self._attempt(run)
+        except asyncio.CancelledError:
+            await whole(self._cut(run))
+            raise
+        return await whole(self._close(run, outcome))
+
+    async def _cut(self, run: Run) -> Run:
+        if not self._leaving:
+            stopped = "The run was stopped; the serving version is unchanged."
+            return await self._close(run, _Outcome(RunState.INTERRUPTED, stopped))
+        log.info("← finetune until the next start", run=run.id)
+        return await self._runs.requeue(run.id, recovery.WAITS)
 
     async def _attempt(self, run: Run) -> _Outcome:
         try:
@@ -107,11 +123,12 @@ class Finetune:
             return _Outcome(RunState.DEFERRED, obstacle, metrics={"again": True})
         serving = await self._serving(user)
         start = serving if serving is not None and self._continues(serving) else None
-        data = await self._dataset(user, start)
+        kept = await self._adapters.checkpoint(user.id, run.id)  # before the look: who deletes an entry takes it away
+        data = await self._dataset(user, start, _through(run))
         if isinstance(data, dataset.Deferred):
             return _Outcome(RunState.DEFERRED, data.reason)
         log.info("→ finetune", user=user.name, run=run.id, examples=len(data.examples), new_tokens=data.new_tokens)
-        candidate = await self._train(run, user, start, data)
+        candidate = await self._train(run, kept, start, data)
         verdict = await self._judge(candidate, serving, data)
         metrics = {**verdict.metrics(), "examples": len(data.examples), "new_tokens": data.new_tokens}
         state = RunState.KEPT if verdict.keep else RunState.REJECTED
@@ -150,8 +167,8 @@ class Finetune:
             max_tokens=learning.max_run_tokens,
         )
 
-    async def _dataset(self, user: User, start: Version | None) -> dataset.Dataset | dataset.Deferred:
-        entries = await self._history.recent(user.id, EntryId(0), exclude=(), limit=ENTRIES)
+    async def _dataset(self, user: User, start: Version | None, through: EntryId) -> dataset.Dataset | dataset.Deferred:
+        entries = await self._history.recent(user.id, EntryId(0), exclude=(), limit=ENTRIES, through=through)
         watermark = start.watermark if start else EntryId(0)
         return await asyncio.to_thread(
             dataset.build,
@@ -174,7 +191,7 @@ class Finetune:
         mine = [v for v in versions if v.state is VersionState.PUBLISHED and v.base == self.base_hash()]
         return max((version.watermark for version in mine), default=EntryId(0))
 
-    async def _train(self, run: Run, user: User, start: Version | None, data: dataset.Dataset) -> Version:
+    async def _train(self, run: Run, kept: Path, start: Version | None, data: dataset.Dataset) -> Version:
         """A durable candidate. Its examples are on record first, so that whoever deletes one finds this run."""
         rows = [
             ExampleRow(sample.entry_id, sample.frame, len(sample.example.tokens), sample.example.weight)
@@ -182,14 +199,14 @@ class Finetune:
         ]
         await self._runs.set_examples(run.id, rows)
         plan = self._plan(data.passes)
-        folder = await self._adapters.workspace(user.id)
+        folder = await self._adapters.workspace(run.user_id)
         try:
-            last = await self._follow(user, self._request(folder, plan, start, data))
+            last = await self._follow(run, self._request(folder, kept, plan, start, data))
         except BaseException:
             await asyncio.shield(self._adapters.discard(folder))
             raise
         return await self._adapters.publish(
-            user.id,
+            run.user_id,
             folder,
             watermark=data.watermark,
             parent=start.number if start else None,
@@ -200,16 +217,18 @@ class Finetune:
         )
 
     @staticmethod
-    def _request(folder: Path, plan: Plan, start: Version | None, data: dataset.Dataset) -> TrainRequest:
+    def _request(folder: Path, kept: Path, plan: Plan, start: Version | None, data: dataset.Dataset) -> TrainRequest:
         examples = [sample.example for sample in data.examples]
-        return TrainRequest(examples, plan, str(folder), ref(start) if start else None)
+        return TrainRequest(examples, plan, str(folder), ref(start) if start else None, str(kept))
 
-    async def _follow(self, user: User, request: TrainRequest) -> Progress:
+    async def _follow(self, run: Run, request: TrainRequest) -> Progress:
         """Train to the end; returns the last progress."""
         steps = cast(AsyncGenerator[Progress], self._engine.train(request))
         async with aclosing(steps):
             async for progress in steps:
-                self.progress[user.id] = progress
+                if run.user_id not in self.progress and run.reason is not None:
+                    log.info("→ finetune after a stop", run=run.id, from_step=progress.resumed, steps=progress.steps)
+                self.progress[run.user_id] = progress
                 if progress.done:
                     return _finite(progress)
         raise TrainingFailed("The engine ended the training without a result.")
@@ -251,14 +270,23 @@ class Finetune:
         except PersonaError as error:  # it is no candidate any more, or the start will repair it: never serving
             log.warning("candidate could not be rejected", version=candidate.number, error=type(error).__name__)
 
-    async def _close(self, run: Run, outcome: _Outcome, through: EntryId) -> Run:
+    async def _close(self, run: Run, outcome: _Outcome) -> Run:
+        """Record the end of a run; then nobody goes on from its state any more."""
+        try:
+            ended = await self._end(run, outcome)
+        except NotFound:  # nobody is there any more who learned it
+            await self._adapters.drop_checkpoint(run.user_id, run.id)
+            raise
+        await self._adapters.drop_checkpoint(run.user_id, run.id)
+        return ended
+
+    async def _end(self, run: Run, outcome: _Outcome) -> Run:
         if outcome.state is RunState.KEPT and outcome.candidate is not None:
             outcome = await self._swap(outcome, outcome.candidate)
         number = outcome.candidate.number if outcome.candidate else None
-        metrics = {**outcome.metrics, "through": through, "base": self.base_hash()}
-        ended = await self._runs.end(
-            run.id, outcome.state, outcome.reason, self.clock(), version=number, metrics=metrics
-        )
+        metrics = {**outcome.metrics, "through": _through(run), "base": self.base_hash()}
+        reason = outcome.reason + _after_stop(run, self.progress.get(run.user_id))
+        ended = await self._runs.end(run.id, outcome.state, reason, self.clock(), version=number, metrics=metrics)
         log.info("← finetune", run=run.id, state=ended.state.value, version=ended.version, reason=ended.reason)
         return ended
 
@@ -278,19 +306,18 @@ class Finetune:
         return outcome
 
 
-async def _undisturbed(step: Coroutine[Any, Any, Run]) -> Run:
-    """Finish `step` however often this task is cancelled meanwhile; then the cancellation goes on."""
-    task = asyncio.ensure_future(step)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        task.exception()  # looked at, so that nobody reports it as lost
-        raise asyncio.CancelledError
-    return task.result()
+def _through(run: Run) -> EntryId:
+    """The last entry that a run may see: enough text has to come after it before the next verdict."""
+    return EntryId(run.metrics.get("through", 0))
+
+
+def _after_stop(run: Run, progress: Progress | None) -> str:
+    """What became of what a run had learned when a stop cut it off, as the end of its reason."""
+    if run.reason is None:
+        return ""
+    if progress is None:
+        return " What it had learned before the service stopped was discarded."
+    return f" It went on after step {progress.resumed}." if progress.resumed else " It began anew after a stop."
 
 
 def _place(error: Exception) -> str:

@@ -13,6 +13,7 @@ import structlog
 from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
+from jobs import recovery
 from jobs.finetune import Finetune
 from persona.domain import EntryId, Run, RunState, User, UserId, VersionState
 from persona.errors import Busy, NotFound
@@ -57,8 +58,8 @@ class Schedule:
         self._checking = asyncio.Lock()
 
     async def start(self) -> None:
-        """Call after the database was repaired; runs that a stop left running end as interrupted."""
-        await self._runs.interrupt(self._clock())
+        """Call after the database was repaired; what a hard stop left of a run goes on or has ended."""
+        await recovery.recover(self._runs, self._adapters, self._clock())
         self._worker = asyncio.create_task(self._work(), name="runs")
         self._waiting.set()
         self._timer = AsyncIOScheduler(jobstores={"default": MemoryJobStore()}, timezone=UTC)
@@ -75,7 +76,8 @@ class Schedule:
         self._timer.start()
 
     async def stop(self) -> None:
-        """Stop the timer, then the run under way: it ends as interrupted."""
+        """Stop the timer, then the run under way: it goes on from its last optimizer step after the next start."""
+        self._finetune.leave()
         if self._timer is not None:
             self._timer.pause()
             async with self._checking:  # the timer would cancel a check under way, and log it as an error
@@ -188,7 +190,7 @@ class Schedule:
                 log.warning("worker stumbled", error=type(error).__name__)
                 await asyncio.sleep(PAUSE_SECONDS)
                 with contextlib.suppress(Exception):
-                    await self._runs.interrupt(self._clock())  # the only worker is here: nothing is running
+                    await recovery.recover(self._runs, self._adapters, self._clock())  # here is the only worker
                     self._announce()
 
     async def _next(self) -> bool:

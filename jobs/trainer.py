@@ -2,7 +2,8 @@
 
 The base is the one that serves, never changed, written out one layer at a time. Only the activations at layer borders
 are kept; the backward pass recomputes one layer at a time. A slice is one layer over one pack of examples, or the
-head over one chunk of targets. Each slice enters and leaves its own grad scope.
+head over one chunk of targets. Each slice enters and leaves its own grad scope. Whoever stops a training loses at most
+an optimizer step: its state is kept there, and the same request goes on from it to the same result, bit for bit.
 """
 
 import math
@@ -15,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.optim.adamw import adamw
 
+from jobs.checkpoint import SHARE, Checkpoint
 from jobs.sparse import SparseAdapter
-from persona.engine.adapter_file import Adapter
+from persona.engine import checkpoint_file, protocol
+from persona.engine.adapter_file import Adapter, Array
+from persona.engine.checkpoint_file import Header, State
 from persona.engine.decoder import Decoder
 from persona.engine.protocol import Example, Plan, Progress, TrainRequest
 from persona.engine.weights import Projection
@@ -79,7 +83,10 @@ def _check(examples: list[Example], vocab: int) -> None:
 class Trainer:
     """One training run. `slices()` is the whole of it."""
 
-    def __init__(self, decoder: Decoder, base: str, request: TrainRequest, start: Adapter | None) -> None:
+    def __init__(
+        self, decoder: Decoder, base: str, request: TrainRequest, start: Adapter | None, share: float = SHARE
+    ) -> None:
+        """share: of its time that a training may spend on keeping its state."""
         self._decoder, self._plan, self._out = decoder, request.plan, Path(request.out)
         self._adapter = SparseAdapter(decoder.shape, request.plan, base, decoder.dtype, decoder.device)
         self._start = start
@@ -87,27 +94,52 @@ class Trainer:
         self._batches = self._ordered(request.examples)
         if not self._batches:
             raise TrainingFailed("There is nothing to train on: no example has a target.")
+        self._checkpoint = Checkpoint(request.checkpoint, checkpoint_file.fingerprint(request, base), share)
+        self._first = math.inf  # loss of the first step
 
     def slices(self) -> Iterator[Progress | None]:
         """One item a slice: None, or progress after each optimizer step; the last has `done`."""
-        started, steps, seen, skipped, first = time.perf_counter(), len(self._batches), 0, 0, math.inf
+        started, kept = time.perf_counter(), self._checkpoint.read()
         yield from self._adapter.build()
         if self._start is not None:
             self._adapter.start_from(self._start)
         optimizer = _AdamW(self._adapter.values, self._plan.weight_decay)
-        for step, batch in enumerate(self._batches, 1):
-            weight = sum(pack.weight for pack in batch)
-            total = 0.0
-            for pack in batch:
-                total += yield from self._pack(pack, weight)
-                seen += pack.tokens
-            first = min(first, total) if step == 1 else first
-            sound = yield from self._update(optimizer, step, steps)
-            skipped += not (sound and math.isfinite(total))
-            self._watch(total, first, skipped)
-            yield Progress(step, steps, total, seen, time.perf_counter() - started, skipped)
+        at = self._taken_up(optimizer, kept) if kept else Progress(0, len(self._batches), math.nan, 0, 0.0)
+        started -= at.seconds
+        while at.step < at.steps:
+            at = yield from self._advance(optimizer, at)
+            at = protocol.replace(at, seconds=time.perf_counter() - started)
+            if self._checkpoint.due(at.seconds):
+                yield from self._checkpoint.write(self._state(optimizer, at))
+            yield at
         self._adapter.save(self._out)
-        yield Progress(steps, steps, total, seen, time.perf_counter() - started, skipped, done=True)
+        yield protocol.replace(at, seconds=time.perf_counter() - started, done=True)
+
+    def _taken_up(self, optimizer: "_AdamW", kept: State) -> Progress:
+        """Where to go on: everything is as it was after the step of the checkpoint."""
+        head, steps = kept.header, len(self._batches)
+        optimizer.load(kept.tensors, head.updates)
+        self._adapter.scatter()
+        self._first = head.first
+        return Progress(head.step, steps, head.loss, head.tokens, head.seconds, head.skipped, resumed=head.step)
+
+    def _state(self, optimizer: "_AdamW", at: Progress) -> State:
+        request, tensors = self._checkpoint.request, optimizer.tensors()
+        head = Header(request, at.step, at.loss, self._first, at.tokens, at.seconds, at.skipped, optimizer.updates)
+        return State(head, tensors)
+
+    def _advance(self, optimizer: "_AdamW", at: Progress) -> Generator[None, None, Progress]:
+        """One optimizer step after `at`. Raises TrainingFailed if it shows that the run is lost."""
+        step, batch = at.step + 1, self._batches[at.step]
+        weight, loss = sum(pack.weight for pack in batch), 0.0
+        for pack in batch:
+            loss += yield from self._pack(pack, weight)
+        self._first = min(self._first, loss) if step == 1 else self._first
+        sound = yield from self._update(optimizer, step, at.steps)
+        skipped = at.skipped + (not (sound and math.isfinite(loss)))
+        self._watch(loss, self._first, skipped)
+        seen = at.tokens + sum(pack.tokens for pack in batch)
+        return protocol.replace(at, step=step, loss=loss, tokens=seen, skipped=skipped)
 
     def _ordered(self, examples: list[Example]) -> list[list[Pack]]:
         """All passes: the examples in a new order each time, from a fixed seed."""
@@ -196,6 +228,23 @@ class _AdamW:
         self._values, self._decay = values, decay
         self._mean, self._square = torch.zeros_like(values), torch.zeros_like(values)
         self._steps = torch.tensor(0.0)
+
+    @property
+    def updates(self) -> int:
+        return int(self._steps)
+
+    def tensors(self) -> dict[str, Array]:
+        """All that a later one needs to go on: the values and their moments, fp32 [values]."""
+        found = {"values": self._values, "mean": self._mean, "square": self._square}
+        return {name: tensor.detach().cpu().numpy() for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Array], updates: int) -> None:
+        """Go on where the one was that gave these `tensors`."""
+        self._values.copy_(torch.tensor(tensors["values"]))
+        self._mean.copy_(torch.tensor(tensors["mean"]))
+        self._square.copy_(torch.tensor(tensors["square"]))
+        self._steps.fill_(updates)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:

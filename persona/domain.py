@@ -58,7 +58,7 @@ class RunState(StrEnum):
     REJECTED = "rejected"  # the gate said no
     DEFERRED = "deferred"  # too little to train on or to judge by
     FAILED = "failed"  # NaN, engine lost, no space
-    INTERRUPTED = "interrupted"  # the service stopped under it
+    INTERRUPTED = "interrupted"  # stopped by its user, or by a stop of the service after which it could not go on
 
     @property
     def ended(self) -> bool:

@@ -34,7 +34,7 @@ class Adapters:
     def __init__(self, db: Database, root: Path) -> None:
         self._db = db
         self._root = root.absolute()
-        db.on_removed(self._drop)
+        db.on_removed(self._removed)
 
     async def workspace(self, user_id: UserId) -> Path:
         """A fresh folder to train into; end it with `publish` or `discard`."""
@@ -44,6 +44,15 @@ class Adapters:
         """Give up a workspace."""
         assert folder.name.startswith(files.TEMPORARY), "only a workspace is discarded"
         await in_thread(files.remove, folder)
+
+    async def checkpoint(self, user_id: UserId, run_id: int) -> Path:
+        """Where that run keeps its state, with what lies there already; end it with `drop_checkpoint`."""
+        return await in_thread(files.opened, files.checkpoint(self._root, user_id, run_id))
+
+    async def drop_checkpoint(self, user_id: UserId, run_id: int) -> None:
+        """No run goes on from that state any more."""
+        reach("checkpoint-before-drop")
+        await in_thread(files.remove, files.checkpoint(self._root, user_id, run_id))
 
     async def publish(
         self,
@@ -180,12 +189,16 @@ class Adapters:
         await in_thread(files.remove, self._root / str(int(user_id)))
 
     async def repair(self) -> Sentences:
-        """At the start, before anything runs: make disk, rows and pointers agree. One sentence for each mending."""
+        """At the start, before anything runs: make disk, rows and pointers agree. One sentence for each mending.
+
+        The states of runs that go on from them stay.
+        """
         query = sa.select(versions).order_by(versions.c.user_id, versions.c.number)
         async with self._db.write() as connection:
             rows = (await connection.execute(query)).all()
             mended = [sentence for row in rows for sentence in await self._repair_row(connection, row)]
-            kept = {(row.user_id, row.number) for row in rows if row.state in _WITH_FILES}
+            kept = {files.folder(self._root, row.user_id, row.number) for row in rows if row.state in _WITH_FILES}
+            kept |= {files.checkpoint(self._root, *run) for run in await lineage.kept(connection)}
         return mended + await in_thread(self._repair_files, kept)
 
     async def _number(self, user_id: UserId) -> int:
@@ -235,13 +248,18 @@ class Adapters:
         metrics = {**row.metrics, "quarantined": reason}
         await connection.execute(sa.update(versions).where(this).values(metrics=metrics))
 
-    async def _drop(self, user_id: UserId, numbers: Sequence[int] | None) -> None:
-        """Remove the files of versions (None: of the user) that the database has let go."""
+    async def _removed(self, user_id: UserId, numbers: Sequence[int] | None) -> None:
+        """Remove the files of versions (None: of the user) that went with an entry, and every state of a run."""
         if numbers is None:
             return await self.remove_user(user_id)
+        for path in await in_thread(files.checkpoints, self._root, user_id):
+            await in_thread(files.remove, path)
+        return await self._drop(user_id, numbers)
+
+    async def _drop(self, user_id: UserId, numbers: Sequence[int]) -> None:
+        """Remove the files of versions that the database has let go."""
         for number in numbers:
             await in_thread(files.remove, files.folder(self._root, user_id, number))
-        return None
 
     async def _repair_row(self, connection: Transaction, row: sa.Row[Any]) -> Sentences:
         name = f"Version {row.number} of user {row.user_id}"
@@ -254,15 +272,14 @@ class Adapters:
             return [f"{name} was quarantined: its files are missing or incomplete."]
         return []
 
-    def _repair_files(self, kept: set[tuple[int, int]]) -> Sentences:
+    def _repair_files(self, kept: set[Path]) -> Sentences:
         """Remove every folder under the root that no row keeps."""
-        names = {f"{user_id}/{number}" for user_id, number in kept}
         mended: Sentences = []
         for path in files.found(self._root):
-            name = path.relative_to(self._root).as_posix()
-            if name not in names:
+            if path not in kept:
                 files.remove(path)
-                mended.append(f"The folder {name} was removed: no version keeps it.")
+                name = path.relative_to(self._root).as_posix()
+                mended.append(f"The folder {name} was removed: no version and no run keeps it.")
         return mended
 
     def _version(self, row: sa.Row[Any]) -> Version:

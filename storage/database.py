@@ -175,7 +175,7 @@ class Database:
             return False
 
     def on_removed(self, callback: Removed) -> None:
-        """Have `callback(user, numbers)` called after versions (None: the whole user) left the database."""
+        """Have `callback(user, numbers)` called after an entry and these versions (None: the user) were deleted."""
         self._removed.append(callback)
 
     async def removed(self, user_id: UserId, numbers: Sequence[int] | None) -> None:

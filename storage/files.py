@@ -1,7 +1,7 @@
 """Adapter folders on disk: root/<user id>/<number>/{adapter.safetensors, manifest.json}.
 
 Paths are built from integers only. A folder under its number is complete, durable and never edited; whatever is
-being made or removed lies in a folder that begins with tmp-.
+being made or removed lies in a folder that begins with tmp-. root/<user id>/run-<run id>/ holds the state of a run.
 """
 
 import contextlib
@@ -23,12 +23,30 @@ WEIGHTS = "adapter.safetensors"
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"
 PART = ".part"
+RUN = "run-"
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
 def folder(root: Path, user_id: int, number: int) -> Path:
     return root / str(int(user_id)) / str(int(number))
+
+
+def checkpoint(root: Path, user_id: int, run_id: int) -> Path:
+    return root / str(int(user_id)) / f"{RUN}{int(run_id)}"
+
+
+def opened(path: Path) -> Path:
+    """The folder `path`, made if it is not there."""
+    with full_disk():
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    reach("checkpoint-after-folder")
+    return path
+
+
+def checkpoints(root: Path, user_id: int) -> list[Path]:
+    """The states of all the user's runs."""
+    return sorted((root / str(int(user_id))).glob(f"{RUN}*"))
 
 
 def temporary(root: Path, user_id: int) -> Path:

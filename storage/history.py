@@ -14,6 +14,7 @@ from persona.domain import Entry, EntryId, Finish, Line, Message, Origin, Role, 
 from persona.errors import NotFound, RequestError
 from storage import database, identity, imports, lineage, ranking, turns, words
 from storage.database import Database, Transaction
+from storage.failpoints import reach
 from storage.identity import Turn
 from storage.imports import ImportItem
 from storage.tables import deletions, entries, events, users
@@ -108,13 +109,23 @@ class History:
             query = query.where(entries.c.role.in_(list(roles)))
         return await self._all(query)
 
-    async def recent(self, user_id: UserId, after: EntryId, *, exclude: Collection[EntryId], limit: int) -> list[Entry]:
-        """The newest `limit` entries after `after` that are not excluded, oldest first.
+    async def recent(
+        self,
+        user_id: UserId,
+        after: EntryId,
+        *,
+        exclude: Collection[EntryId],
+        limit: int,
+        through: EntryId | None = None,
+    ) -> list[Entry]:
+        """The newest `limit` entries after `after`, up to `through`, that are not excluded, oldest first.
 
         Of what merely happened (events that are nobody's words) only the newest few: a chatty device must not crowd out
         what was said.
         """
         query = _mine(user_id).where(entries.c.id > after).order_by(entries.c.id.desc())
+        if through is not None:
+            query = query.where(entries.c.id <= through)
         said = await self._all(query.where(entries.c.role != Role.TOOL).limit(limit + len(exclude)))
         happened = await self._all(query.where(entries.c.role == Role.TOOL).limit(_HAPPENED))
         found = sorted([*_without(said, exclude, limit), *happened], key=lambda entry: entry.id)
@@ -201,14 +212,20 @@ class History:
             return _entry(await _row(connection, user_id, entry_id) or row)
 
     async def delete(self, user_id: UserId, entry_id: EntryId) -> tuple[int, ...]:
-        """Delete an entry and every version that absorbed it; returns their numbers. A client cannot bring it back."""
+        """Delete an entry, every version that absorbed it and whatever an open run has learned so far.
+
+        Returns the versions' numbers. A client cannot bring the entry back.
+        """
         async with self._db.write() as connection:
             row = await _row(connection, user_id, entry_id)
             if row is None:
                 raise NotFound("There is no such entry.")
             numbers = await lineage.holders(connection, user_id, entry_id)
             await lineage.withdraw(connection, user_id, numbers, VersionState.DELETED)
+            await lineage.void(connection, user_id)
             await _remove(connection, row)
+            reach("delete-before-commit")
+        reach("delete-after-commit")
         await self._db.removed(user_id, numbers)
         await self._db.scrub()
         return tuple(numbers)

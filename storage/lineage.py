@@ -1,5 +1,7 @@
 """Which versions hold what: every version holds the entries of its own run and all that its ancestors hold.
 
+What a run that is still open has learned so far is in no version; its checkpoint is taken for holding everything.
+
 Runs inside a transaction that the caller opened, so that a pointer and what it points to change together.
 """
 
@@ -8,9 +10,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from persona.domain import EntryId, UserId, VersionState
+from persona.domain import EntryId, RunState, UserId, VersionState
 from storage.database import Transaction
-from storage.tables import entries, run_examples, users, versions
+from storage.tables import entries, run_examples, runs, users, versions
+
+_OPEN = (RunState.QUEUED, RunState.RUNNING)
 
 
 async def row(connection: Transaction, user_id: UserId, number: int) -> sa.Row[Any] | None:
@@ -42,6 +46,18 @@ async def holds_deleted(connection: Transaction, run_id: int | None, parent: sa.
     joined = run_examples.outerjoin(entries, entries.c.id == run_examples.c.entry_id)
     query = sa.select(run_examples.c.id).select_from(joined).where(run_examples.c.run_id == run_id)
     return (await connection.execute(query.where(entries.c.id.is_(None)).limit(1))).first() is not None
+
+
+async def void(connection: Transaction, user_id: UserId) -> None:
+    """The user's open run goes on from no checkpoint: it may hold, if only as context, what is being deleted."""
+    mine = (runs.c.user_id == user_id) & runs.c.state.in_(_OPEN)
+    await connection.execute(sa.update(runs).where(mine).values(metrics={}))
+
+
+async def kept(connection: Transaction) -> list[tuple[int, int]]:
+    """(user, run) of each open run that may go on from its checkpoint."""
+    found = await connection.execute(sa.select(runs).where(runs.c.state.in_(_OPEN)))
+    return [(row.user_id, row.id) for row in found if "through" in row.metrics]
 
 
 async def mark(connection: Transaction, user_id: UserId, numbers: Collection[int], state: VersionState) -> None:

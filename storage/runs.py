@@ -1,6 +1,8 @@
 """Training runs: what was asked for, what came of it, and which entries each one trained on.
 
-A user has at most one open run. A run ends once; its reason is one sentence.
+A user has at most one open run. A run ends once; its reason is one sentence. One that a stop cut off has not ended: it
+waits in the queue, and its metrics say how far it may look into history (`through`), so that it goes on with the same
+examples. A deletion takes that mark away (lineage.void).
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from storage.database import Database, Transaction
 from storage.tables import run_examples, runs, users
 
 _OPEN = (RunState.QUEUED, RunState.RUNNING)
-_STOPPED = "The service stopped under this run; the serving version is unchanged."
+_NOTHING = EntryId(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,9 @@ class ExampleRow:
     weight: float
 
 
-Examples = list[ExampleRow]  # inside the class `list` is a method
+# Inside the class `list` is a method.
+Examples = list[ExampleRow]
+Listing = list[Run]
 
 
 class Runs:
@@ -50,9 +54,32 @@ class Runs:
             made = await connection.execute(sa.insert(runs).values(**values).returning(*runs.c))
             return _run(made.one())
 
-    async def start(self, run_id: int, now: datetime) -> Run:
-        """Take a run out of the queue. Raises NotFound if it is not waiting there."""
-        return await self._change(run_id, (RunState.QUEUED,), state=RunState.RUNNING, started=now)
+    async def start(self, run_id: int, now: datetime, through: EntryId = _NOTHING) -> Run:
+        """Take a run out of the queue. Raises NotFound if it is not waiting there.
+
+        through: the last entry that it may look at, unless it was told so before a stop.
+        """
+        async with self._db.write() as connection:
+            found = await _first(connection, runs.c.id == run_id, runs.c.state == RunState.QUEUED)
+            if found is None:
+                raise NotFound("There is no such run.")
+            metrics = {"through": through, **found.metrics}
+            return await _update(connection, run_id, state=RunState.RUNNING, started=now, metrics=metrics)
+
+    async def requeue(self, run_id: int, reason: str, *, hard: bool = False) -> Run:
+        """Put a run that a stop cut off back into the queue; `hard` stops are counted.
+
+        One that has ended keeps its outcome. Raises NotFound if its user was forgotten.
+        """
+        async with self._db.write() as connection:
+            found = await _first(connection, runs.c.id == run_id)
+            if found is None:
+                raise NotFound("There is no such run.")
+            if found.state.ended:
+                return found
+            stops = found.metrics.get("hard_stops", 0) + hard
+            metrics = {**found.metrics, "hard_stops": stops} if stops else found.metrics
+            return await _update(connection, run_id, state=RunState.QUEUED, reason=reason, metrics=metrics)
 
     async def end(
         self,
@@ -67,12 +94,22 @@ class Runs:
         """Record how a run ended. One that has ended keeps its first outcome; NotFound if its user was forgotten."""
         assert state.ended, "a run ends in a state of rest"
         outcome = {"state": state, "reason": reason, "ended": now, "version": version, "metrics": metrics or {}}
-        return await self._change(run_id, _OPEN, ended_is_fine=True, **outcome)
+        async with self._db.write() as connection:
+            found = await _first(connection, runs.c.id == run_id)
+            if found is None:
+                raise NotFound("There is no such run.")
+            return found if found.state.ended else await _update(connection, run_id, **outcome)
 
     async def next(self) -> Run | None:
         """The run that has waited longest."""
         async with self._db.read() as connection:
             return await _first(connection, runs.c.state == RunState.QUEUED)
+
+    async def running(self) -> Listing:
+        """Every run that is under way, or was when the service was killed."""
+        query = sa.select(runs).where(runs.c.state == RunState.RUNNING).order_by(runs.c.id)
+        async with self._db.read() as connection:
+            return [_run(row) for row in await connection.execute(query)]
 
     async def list(self, user_id: UserId, limit: int = 50) -> list[Run]:
         """The user's newest runs, newest first."""
@@ -102,30 +139,15 @@ class Runs:
             found = await connection.execute(query)
             return [ExampleRow(EntryId(row.entry_id), Frame(row.frame), row.tokens, row.weight) for row in found]
 
-    async def interrupt(self, now: datetime) -> int:
-        """At the start: runs that a stop left running have ended. How many there were."""
-        values = {"state": RunState.INTERRUPTED, "reason": _STOPPED, "ended": now}
-        async with self._db.write() as connection:
-            query = sa.update(runs).where(runs.c.state == RunState.RUNNING).values(**values)
-            return (await connection.execute(query)).rowcount
-
-    async def _change(
-        self, run_id: int, states: Sequence[RunState], *, ended_is_fine: bool = False, **values: Any
-    ) -> Run:
-        async with self._db.write() as connection:
-            query = sa.update(runs).where(runs.c.id == run_id, runs.c.state.in_(states)).values(**values)
-            row = (await connection.execute(query.returning(*runs.c))).one_or_none()
-            if row:
-                return _run(row)
-            found = await _first(connection, runs.c.id == run_id) if ended_is_fine else None
-        if found is None:
-            raise NotFound("There is no such run.")
-        return found
-
 
 async def _first(connection: Transaction, *where: sa.ColumnElement[bool]) -> Run | None:
     row = (await connection.execute(sa.select(runs).where(*where).order_by(runs.c.id).limit(1))).one_or_none()
     return _run(row) if row else None
+
+
+async def _update(connection: Transaction, run_id: int, **values: Any) -> Run:
+    query = sa.update(runs).where(runs.c.id == run_id).values(**values).returning(*runs.c)
+    return _run((await connection.execute(query)).one())
 
 
 def _run(row: sa.Row[Any]) -> Run:

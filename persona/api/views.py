@@ -178,4 +178,5 @@ def _progress(one: Progress) -> dict[str, Any]:
         "tokens": one.tokens,
         "seconds": one.seconds,
         "skipped": one.skipped,
+        "resumed": one.resumed,
     }

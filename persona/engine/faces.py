@@ -56,7 +56,9 @@ class Training(Protocol):
         """Yield progress until one is `done`: then adapter.safetensors lies in `request.out`.
 
         Raises TrainingFailed with the reason otherwise; EngineDown or StorageFull when the examples are not to blame.
-        Closing the iterator abandons the run.
+        Closing the iterator abandons the run. Its state lies in `request.checkpoint` then, and the same examples, plan
+        and start go on from there to the same result; any other request removes it and begins anew. The folder is the
+        caller's: one that is taken away while it trains costs the state and not the run.
         """
         ...
 

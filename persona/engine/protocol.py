@@ -92,6 +92,7 @@ class TrainRequest(msgspec.Struct, frozen=True):
     plan: Plan
     out: str
     start: AdapterRef | None = None
+    checkpoint: str = ""  # folder in which the state is kept at optimizer steps; none is kept without
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -104,6 +105,7 @@ class Progress(msgspec.Struct, frozen=True):
     seconds: float
     skipped: int = 0  # optimizer steps left out for a non-finite gradient
     done: bool = False
+    resumed: int = 0  # the step after which it went on from a checkpoint
 
 
 class Health(msgspec.Struct, frozen=True):

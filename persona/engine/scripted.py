@@ -5,11 +5,14 @@ meaning of closing an iterator.
 """
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from persona.domain import Message, Rendered
+from persona.engine import checkpoint_file
+from persona.engine.checkpoint_file import Header, State
 from persona.engine.protocol import (
     AdapterRef,
     Chunk,
@@ -21,6 +24,7 @@ from persona.engine.protocol import (
 )
 from persona.errors import AdapterError, Busy, RequestError, TrainingFailed
 
+BASE = "scripted"  # in place of a hash
 Reply = str | Sequence[str] | Callable[[GenerateRequest], str]
 
 
@@ -28,7 +32,8 @@ class ScriptedEngine:
     """Replies with `reply`: one text, one after another, or a function of the request.
 
     `score` gives the log-probabilities (default: −1 each). `trainable` is what training writes; None makes it fail.
-    Everything asked of it is kept in `requests`, `scored`, `trained`, `staged`, `flipped`, `dropped`, `aborted`.
+    Everything asked of it is kept in `requests`, `scored`, `trained`, `staged`, `flipped`, `dropped`, `aborted`. Its
+    checkpoints hold a step and no numbers.
     """
 
     def __init__(
@@ -88,7 +93,7 @@ class ScriptedEngine:
 
     async def health(self) -> Health:
         training = self._training
-        return Health("scripted", model="scripted", device="none", weights="none", context=8192, training=training)
+        return Health(BASE, model="scripted", device="none", weights="none", context=8192, training=training)
 
     async def stage(self, ref: AdapterRef) -> None:
         self._check(ref)
@@ -106,16 +111,21 @@ class ScriptedEngine:
         self.trained.append(request)
         self._training = True
         try:
-            for step in range(1, self.steps + 1):
+            begin = await asyncio.to_thread(_taken_up, request)
+            for step in range(begin + 1, self.steps + 1):
                 await asyncio.sleep(self._delay)
                 await self._resumed.wait()
-                yield Progress(step, self.steps, 1.0 / step, 100 * step, 0.1 * step)
+                await asyncio.to_thread(_keep, request, step)
+                yield self._progress(step, resumed=begin)
             if self.trainable is None:
                 raise TrainingFailed("The loss was not finite at step 1; nothing was published.")
             await asyncio.to_thread(Path(request.out, "adapter.safetensors").write_bytes, self.trainable)
-            yield Progress(self.steps, self.steps, 1.0 / self.steps, 100 * self.steps, 0.1 * self.steps, done=True)
+            yield self._progress(self.steps, resumed=begin, done=True)
         finally:
             self._training = False
+
+    def _progress(self, step: int, *, resumed: int, done: bool = False) -> Progress:
+        return Progress(step, self.steps, 1.0 / step, 100 * step, 0.1 * step, done=done, resumed=resumed)
 
     @property
     def paused(self) -> bool:
@@ -150,6 +160,25 @@ class ScriptedEngine:
             raise AdapterError(f"The file of version {ref.number} is missing.") from None
         if hashlib.sha256(content).hexdigest() != ref.sha256:
             raise AdapterError(f"The file of version {ref.number} does not match its checksum.")
+
+
+def _taken_up(request: TrainRequest) -> int:
+    """The step after which this training goes on, 0 at its beginning."""
+    if not request.checkpoint:
+        return 0
+    found = checkpoint_file.read(Path(request.checkpoint), checkpoint_file.fingerprint(request, BASE))
+    return found.header.step if found else 0
+
+
+def _keep(request: TrainRequest, step: int) -> None:
+    """Keep the state after `step`, as long as there is a folder for it."""
+    if not request.checkpoint:
+        return
+    name = checkpoint_file.fingerprint(request, BASE)
+    state = State(Header(name, step, 1.0 / step, 1.0, 100 * step, 0.1 * step, 0, step), {})
+    with contextlib.suppress(FileNotFoundError):
+        for _ in checkpoint_file.write(Path(request.checkpoint), state):
+            pass
 
 
 class ScriptedText:

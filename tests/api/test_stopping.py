@@ -119,22 +119,36 @@ async def test_threat_26_a_stream_ends_properly_when_the_service_stops(tmp_path:
         assert (await again.end())[0] == 0
 
 
-async def test_threat_26_a_run_under_way_is_interrupted_and_says_so(tmp_path: Path) -> None:
+async def trained(process: Process) -> dict[str, Any]:
+    """Wait until the newest run has trained a few steps."""
+    while True:
+        run: dict[str, Any] = (await process.call("GET", "/v1/me/runs"))["data"][0]
+        assert run["state"] in ("queued", "running"), run
+        if run["progress"] is not None and run["progress"]["step"] >= 3:
+            return run
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+async def test_threat_26_a_run_under_way_goes_on_after_the_next_start(tmp_path: Path, number: signal.Signals) -> None:
     async with served(tmp_path) as process:
         content = (ROOT / "tests/data/eric.jsonl").read_bytes()
         await process.call("POST", "/v1/me/history", data=io.BytesIO(content))
-        run = await process.call("POST", "/v1/me/train")
-        while run["progress"] is None:
-            assert run["state"] in ("queued", "running"), run
-            run = await process.call("GET", f"/v1/me/runs/{run['id']}")
-        code, _ = await process.end()
-    assert code == 0
+        asked = await process.call("POST", "/v1/me/train")
+        before = await trained(process)
+        code, log = await process.end(number)
+    if number == signal.SIGTERM:
+        assert (code, log[-1]["event"]) == (0, "← stopped")
     async with served(tmp_path) as again:
-        run = (await again.call("GET", "/v1/me/runs"))["data"][0]
-        versions = (await again.call("GET", "/v1/me/versions"))["data"]
-        assert (run["state"], bool(run["reason"])) == ("interrupted", True)
-        assert versions == []
-        await again.end()
+        run = await trained(again)
+        assert run["id"] == asked["id"]
+        assert run["progress"]["resumed"] >= before["progress"]["step"]
+        assert (await again.call("GET", "/v1/me/versions"))["data"] == []
+        code, log = await again.end()
+    assert code == 0
+    told = [line for line in log if line["event"] == "runs after a stop"]
+    assert [line["queued"] for line in told] == [1] * (number == signal.SIGKILL)
+    assert any(line["event"] == "→ finetune after a stop" for line in log)
 
 
 async def test_a_request_that_comes_while_the_service_stops_is_told_to_come_back(tmp_path: Path) -> None:

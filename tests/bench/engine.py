@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from persona.engine import adapter_file, device, prepare
+from persona.engine import adapter_file, checkpoint_file, device, prepare
 from persona.engine.client import LocalEngine
 from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, TrainRequest
 from persona.engine.shape import TARGETS, Shape
@@ -102,7 +102,7 @@ async def training(engine: LocalEngine, out: Path, count: int) -> AsyncIterator[
     begun = asyncio.Event()
 
     async def follow() -> None:
-        async for _ in engine.train(TrainRequest(examples(count), PLAN, str(out))):
+        async for _ in engine.train(TrainRequest(examples(count), PLAN, str(out), checkpoint=str(out))):
             begun.set()
 
     task = asyncio.create_task(follow())
@@ -121,6 +121,31 @@ async def training_alone(engine: LocalEngine, out: Path) -> None:
     seconds = time.perf_counter() - started
     size = (out / adapter_file.FILE).stat().st_size
     report("training alone", tokens=last.tokens, tokens_per_s=round(last.tokens / seconds, 1), adapter_bytes=size)
+
+
+async def keeping_the_state(engine: LocalEngine, prepared: prepare.Prepared, out: Path) -> None:
+    """What a checkpoint costs after each optimizer step: its pieces, without what the engine does between them."""
+    shape = Shape.read(prepared.folder)
+    sizes = [adapter_file.nnz(shape.projection(target)[0] * PLAN.rank, PLAN.density) for target in TARGETS]
+    vector = np.random.default_rng(1).standard_normal(shape.layers * sum(sizes)).astype(np.float32)
+    head = checkpoint_file.Header("r" * 64, 1, 1.0, 1.0, 1, 1.0, 0, 1)
+    state = checkpoint_file.State(head, dict.fromkeys(("values", "mean", "square"), vector))
+    whole, longest = [], []
+    for _ in range(20):
+        times = [time.perf_counter(), *(time.perf_counter() for _ in checkpoint_file.write(out, state))]
+        pieces = [1000 * (b - a) for a, b in itertools.pairwise(times)]
+        whole.append(sum(pieces))
+        longest.append(max(pieces))
+    steps = [progress.seconds async for progress in engine.train(TrainRequest(examples(64), PLAN, str(out)))]
+    step = 1000 * statistics.median(b - a for a, b in itertools.pairwise(steps[:-1]))
+    report(
+        "state of a training",
+        bytes=(out / checkpoint_file.FILE).stat().st_size,
+        ms=round(statistics.median(whole), 1),
+        longest_piece_ms=round(max(longest), 1),
+        step_ms=round(step),
+        share=round(statistics.median(whole) / step, 4),
+    )
 
 
 def gaps(times: list[float]) -> dict[str, float]:
@@ -173,6 +198,7 @@ async def main() -> None:
             "decode": adapters_beside_the_base(engine, refs, options.rounds, options.tokens),
             "flip": flip(engine, refs, options.rounds),
             "training alone": training_alone(engine, folder),
+            "state": keeping_the_state(engine, prepared, folder),
             "gaps": training_beside_serving(engine, folder, options.tokens),
         }
         for name, measure in measures.items():

@@ -1,13 +1,14 @@
-"""The training face: progress while it runs, a file at its end, nothing if it is abandoned."""
+"""The training face: progress while it runs, a file at its end; of an abandoned one its state, where that is kept."""
 
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 from house import House, digest
 
 from persona.engine.adapter_file import FILE
-from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, TrainRequest
+from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Progress, Sampling, TrainRequest
 from persona.errors import Busy
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -44,6 +45,51 @@ async def test_closing_the_iterator_abandons_the_run(house: House, tmp_path: Pat
     await run.aclose()  # type: ignore[attr-defined]
     await at_rest(house)
     assert not (tmp_path / FILE).exists()
+
+
+def kept(home: Path, passes: int = 4) -> TrainRequest:
+    """A training whose state is kept."""
+    for name in ("out", "kept"):
+        (home / name).mkdir(parents=True, exist_ok=True)
+    return msgspec.structs.replace(request(home / "out", passes), checkpoint=str(home / "kept"))
+
+
+async def begin(house: House, made: TrainRequest, steps: int = 3) -> Progress:
+    """Train so many steps and abandon it."""
+    run = house.engine.train(made)
+    for _ in range(steps):
+        progress = await anext(run)
+    await run.aclose()  # type: ignore[attr-defined]
+    await at_rest(house)
+    return progress
+
+
+async def test_the_same_request_goes_on_from_the_state_of_an_abandoned_run(house: House, tmp_path: Path) -> None:
+    straight, stopped = kept(tmp_path / "straight"), kept(tmp_path / "stopped")
+    assert [step async for step in house.engine.train(straight)][-1].resumed == 0
+    await begin(house, stopped)
+    steps = [step async for step in house.engine.train(stopped)]
+    assert steps[0].resumed >= 1
+    assert [step.step for step in steps] == [*range(steps[0].resumed + 1, steps[0].steps + 1), steps[0].steps]
+    assert steps[-1].done
+    assert digest(Path(stopped.out)) == digest(Path(straight.out))
+
+
+async def test_another_request_begins_anew_and_removes_that_state(house: House, tmp_path: Path) -> None:
+    made = kept(tmp_path)
+    await begin(house, made)
+    other = msgspec.structs.replace(made, examples=made.examples[1:])
+    assert (await begin(house, other, steps=1)).resumed == 0
+    assert (await begin(house, made, steps=1)).resumed == 0
+
+
+async def test_a_folder_of_the_state_that_is_taken_away_does_not_come_back(house: House, tmp_path: Path) -> None:
+    made = kept(tmp_path)
+    run = house.engine.train(made)
+    await anext(run)
+    (tmp_path / "kept").rename(tmp_path / "gone")
+    assert [step async for step in run][-1].done
+    assert not (tmp_path / "kept").exists()
 
 
 async def test_a_second_training_is_busy_and_does_not_disturb_the_first(house: House, tmp_path: Path) -> None:

@@ -122,8 +122,7 @@ async def test_a_run_that_had_bad_luck_is_tried_again_after_a_while(world: World
 async def test_an_interrupted_run_is_taken_up_again_after_a_while(world: World, ann: User, tell: Tell) -> None:
     await tell(40)
     run = await world.runs.request(ann.id, world.clock())
-    await world.runs.start(run.id, world.clock())
-    assert await world.runs.interrupt(world.clock()) == 1
+    await world.runs.end(run.id, RunState.INTERRUPTED, "The run was stopped.", world.clock())
     assert not await due(world, ann)
     world.clock.pass_by(seconds=schedules.AGAIN.total_seconds())
     assert await due(world, ann)
@@ -283,9 +282,7 @@ async def test_runs_go_one_after_another(world: World, ann: User, tell: Tell) ->
     await schedule.stop()
 
 
-async def test_stopping_interrupts_the_run_and_the_next_start_can_take_it_up(
-    world: World, ann: User, tell: Tell
-) -> None:
+async def test_stopping_lets_the_run_wait_and_the_next_start_takes_it_up(world: World, ann: User, tell: Tell) -> None:
     world.engine = engine = Counting()
     await tell(40)
     schedule = await started(world)
@@ -294,22 +291,13 @@ async def test_stopping_interrupts_the_run_and_the_next_start_can_take_it_up(
     await engine.begun.wait()
     waiting = asyncio.create_task(schedule.wait(ann.id, run.id))
     await schedule.stop()
-    assert (await waiting).state is RunState.INTERRUPTED
+    with pytest.raises(Busy, match="taken up again"):
+        await waiting
     assert engine.training == 0
     engine.go.set()
     again = await started(world)
-    second = await world.runs.request(ann.id, world.clock())
-    again.wake()
-    assert (await ended(again, second)).state is RunState.KEPT
+    assert (await ended(again, run)).state is RunState.KEPT
     await again.stop()
-
-
-async def test_a_run_that_a_crash_left_running_ends_as_interrupted(world: World, ann: User) -> None:
-    run = await world.runs.request(ann.id, world.clock())
-    await world.runs.start(run.id, world.clock())
-    schedule = await started(world)
-    assert (await ended(schedule, run)).state is RunState.INTERRUPTED
-    await schedule.stop()
 
 
 async def test_one_users_run_can_be_cancelled_and_the_others_go_on(world: World, ann: User, tell: Tell) -> None:

@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from persona.domain import EntryId, Frame, UserId
+from persona.domain import EntryId, Frame, RunState, UserId
 from storage.adapters import Adapters
 from storage.database import Database
 from storage.runs import ExampleRow, Runs
@@ -17,7 +17,8 @@ from storage.runs import ExampleRow, Runs
 async def main(database: str, root: str, user: str, entry: str) -> None:
     db = await Database.open(Path(database))
     adapters, runs, user_id = Adapters(db, Path(root)), Runs(db), UserId(int(user))
-    await runs.interrupt(datetime.now(UTC))
+    for run in await runs.running():
+        await runs.end(run.id, RunState.INTERRUPTED, "Killed.", datetime.now(UTC))
     run = await runs.start((await runs.request(user_id, datetime.now(UTC))).id, datetime.now(UTC))
     await runs.set_examples(run.id, [ExampleRow(EntryId(int(entry)), Frame.TURN, 3, 1.0)])
     folder = await adapters.workspace(user_id)

@@ -149,3 +149,17 @@ async def test_deletions_at_once_leave_a_sound_database(place, make, history, ad
     assert sorted(number for numbers in gone for number in numbers) == [1, 2, 3, 4, 5, 6]
     assert await adapters.active(ann.id) is None
     await db.check()
+
+
+async def test_any_deletion_takes_what_an_open_run_has_learned_so_far(place, runs, history, adapters, ann, bob, now):
+    entry = (await place("quoted somewhere, perhaps")).tail
+    states = []
+    for user in (ann, bob):
+        run = await runs.start((await runs.request(user.id, now)).id, now, entry)
+        states.append(await adapters.checkpoint(user.id, run.id))
+        (states[-1] / "checkpoint.safetensors").write_bytes(b"moments")
+    assert await history.delete(ann.id, entry) == ()
+    assert [state.exists() for state in states] == [False, True]
+    assert [run.metrics for run in await runs.running()] == [{}, {"through": entry}]
+    assert await adapters.repair() == [f"The folder {ann.id} was removed: no version and no run keeps it."]
+    assert (states[1] / "checkpoint.safetensors").exists()

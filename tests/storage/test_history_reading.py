@@ -39,6 +39,8 @@ async def test_recent_gives_the_newest_that_are_not_excluded_in_order(talk, hist
     assert ids(await history.recent(ann.id, 0, exclude={10, 8, 3}, limit=3)) == [6, 7, 9]
     assert ids(await history.recent(ann.id, 0, exclude=set(range(100)), limit=3)) == []
     assert ids(await history.recent(ann.id, 0, exclude=(), limit=0)) == []
+    assert ids(await history.recent(ann.id, 0, exclude=(), limit=3, through=6)) == [4, 5, 6]
+    assert ids(await history.recent(ann.id, 4, exclude={6}, limit=3, through=6)) == [5]
 
 
 async def test_a_conversation_is_the_way_to_its_tail(talk, history, ann, bob):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.recovery import recover
 from persona.domain import RunState, VersionState
 from storage.adapters import Adapters
 from storage.database import Database
@@ -66,7 +67,7 @@ async def test_threat_07_killed_before_the_pointer_the_old_version_serves(killed
         assert killed(failpoint) == KILLED
     db, adapters = await reopened(db, root)
     assert await adapters.repair()
-    assert await Runs(db).interrupt(datetime.now(UTC)) == 1
+    assert await recover(Runs(db), adapters, datetime.now(UTC)) == {RunState.QUEUED: 1}
     active = await adapters.active(ann.id)
     assert (active.number, active.state) == (1, VersionState.PUBLISHED)
     await no_orphans(adapters, root, ann.id)
@@ -88,17 +89,10 @@ async def test_threat_07_killed_after_the_pointer_the_new_version_serves(killed,
     assert (await adapters.active(ann.id)).number == 2
     await no_orphans(adapters, root, ann.id)
     await db.check()
+    assert await recover(Runs(db), adapters, datetime.now(UTC)) == {RunState.KEPT: 1}
+    run = await Runs(db).last(ann.id)
+    assert (run.version, run.reason is not None, run.ended is not None) == (2, True, True)
     await db.close()
-
-
-async def test_threat_07_a_run_that_was_killed_is_marked_interrupted(killed, db, root, ann):
-    killed("publish-after-rename")
-    runs = Runs(db)
-    assert (await runs.last(ann.id)).state == RunState.RUNNING
-    assert await runs.interrupt(datetime.now(UTC)) == 1
-    last = await runs.last(ann.id)
-    assert (last.state, last.reason is not None, last.ended is not None) == (RunState.INTERRUPTED, True, True)
-    assert await runs.next() is None
 
 
 async def test_without_a_failpoint_the_child_publishes(killed, db, root, adapters, ann):

@@ -78,13 +78,37 @@ async def test_examples_are_replaced_as_a_whole(runs, ann, now):
     assert await runs.examples(run.id) == []
 
 
-async def test_running_runs_are_interrupted_at_the_start_and_queued_ones_wait_on(runs, ann, bob, now):
+async def test_a_run_that_a_stop_cut_off_waits_again_before_the_others(runs, ann, bob, now):
     running = await runs.start((await runs.request(ann.id, now)).id, now)
     queued = await runs.request(bob.id, now)
-    assert await runs.interrupt(now) == 1
-    assert (await runs.get(ann.id, running.id)).state == RunState.INTERRUPTED
+    assert await runs.running() == [running]
+    again = await runs.requeue(running.id, "The service stopped.")
+    assert (again.state, again.reason, again.ended) == (RunState.QUEUED, "The service stopped.", None)
+    assert await runs.running() == []
+    assert [(await runs.next()).id, (await runs.request(ann.id, now)).id] == [running.id, running.id]
+    await runs.start(running.id, now)
     assert (await runs.next()).id == queued.id
-    assert await runs.interrupt(now) == 0
+
+
+async def test_a_run_looks_as_far_into_history_as_when_it_first_began(runs, ann, now):
+    run = await runs.request(ann.id, now)
+    assert (await runs.start(run.id, now, 40)).metrics == {"through": 40}
+    await runs.requeue(run.id, "The service stopped.")
+    assert (await runs.start(run.id, now, 60)).metrics == {"through": 40}
+
+
+async def test_hard_stops_are_counted(runs, ann, now):
+    run = await runs.request(ann.id, now)
+    for hard in (True, False, True):
+        await runs.start(run.id, now, 40)
+        await runs.requeue(run.id, "The service stopped.", hard=hard)
+    assert (await runs.get(ann.id, run.id)).metrics == {"through": 40, "hard_stops": 2}
+
+
+async def test_a_run_that_has_ended_does_not_wait_again(runs, ann, now):
+    run = await runs.request(ann.id, now)
+    ended = await runs.end(run.id, RunState.KEPT, "Better.", now, version=1)
+    assert await runs.requeue(run.id, "The service stopped.") == ended
 
 
 async def test_a_forgotten_users_run_is_gone(runs, users, ann, now):
@@ -95,6 +119,7 @@ async def test_a_forgotten_users_run_is_gone(runs, users, ann, now):
         runs.start(run.id, now),
         runs.end(run.id, RunState.FAILED, "x", now),
         runs.set_examples(run.id, []),
+        runs.requeue(run.id, "x"),
         runs.request(ann.id, now),
     ):
         with pytest.raises(NotFound):
