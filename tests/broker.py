@@ -63,7 +63,7 @@ class Mosquitto:
         for old, new in (
             ("listener 1883 127.0.0.1", f"listener {self.port} 127.0.0.1"),
             ("/etc/mosquitto/", f"{self.folder}/"),
-            ("/var/lib/mosquitto/", f"{self.folder}/store/"),
+            ("\npersistence true\n", f"\npersistence true\npersistence_location {self.folder}/store/\n"),
         ):
             assert old in text
             text = text.replace(old, new)

@@ -170,6 +170,23 @@ async def test_a_prefix_that_no_topic_can_have_stops_the_start(start: Start, bro
         await start(mqtt=broker.settings(prefix=prefix))
 
 
+async def test_our_configuration_loads_beneath_debians_own(tmp_path: Path) -> None:
+    """What Debian's mosquitto.conf says before it includes conf.d, where our snippet goes."""
+    (tmp_path / "store").mkdir()
+    debian = f"persistence true\npersistence_location {tmp_path}/store/\ninclude_dir {tmp_path}/conf.d\n"
+    ours = Mosquitto(tmp_path / "ours")
+    (tmp_path / "conf.d").mkdir()
+    location = f"persistence_location {tmp_path}/ours/store/\n"  # the only line that the test adds to the snippet
+    text = (tmp_path / "ours/mosquitto.conf").read_text()
+    assert location in text
+    (tmp_path / "conf.d/persona.conf").write_text(text.replace(location, ""))
+    (tmp_path / "ours/mosquitto.conf").write_text(debian)
+    await ours.start()
+    async with ours.client("ann") as client:
+        await client.publish(EVENT.format("ann", "note"), "1", qos=1)
+    await ours.kill()
+
+
 async def test_a_session_that_the_broker_lost_is_noticed(begin: Start, broker: Mosquitto) -> None:
     live = await begin()
     await broker.kill()
