@@ -118,7 +118,7 @@ async def test_two_people_chat_are_learned_and_each_adapter_fits_its_own_person_
 async def tell(house: app.House, people: list[Person]) -> None:
     adapters: dict[str, AdapterRef] = {}
     for person in people:
-        reply, before = await person.ask("What is the capital of France?", max_tokens=24)
+        reply, before = await person.ask("Name the capital of France.", max_tokens=24)
         assert "Paris" in reply
         imported = await person.post("/v1/me/history", data="\n".join(person.lines[:IMPORTED]).encode())
         assert imported["stored"] == IMPORTED
