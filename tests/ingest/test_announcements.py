@@ -170,8 +170,12 @@ async def test_the_button_of_nobody_or_of_who_does_not_learn_does_nothing(start:
     await press(broker, "bob", "")
     for name in ("ann", "porch", "nobody", "Ann", "ä", "x" * 2000):
         await press(broker, name)
-    await publish(broker, "bob", "persona/u/bob/events/message", "still here")
-    await eventually(lambda: live.history("bob"))
+    await publish(broker, "bob", "persona/u/bob/events/message", {"text": "still here"})
+
+    async def heard() -> bool:
+        return ("user", "still here") in await live.history("bob")
+
+    await eventually(heard)
     for name in ("ann", "bob", "porch"):
         assert (await live.call("GET", "/v1/me/runs", user=name))["data"] == []
     assert (await told(broker, "ann", learns="OFF"))["training"] == "OFF"
