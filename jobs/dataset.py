@@ -8,7 +8,7 @@ before them, so that no version has absorbed what it is judged by.
 import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
@@ -144,11 +144,19 @@ class _Copies:
         self._longest = longest
 
     def hold_out(self, entries: Sequence[Entry]) -> list[HeldOut] | Deferred:
-        """The newest of the user's own messages, ascending, as few as suffice to judge."""
+        """The newest of the user's own messages, ascending, as few as suffice to judge.
+
+        Those that came as events judge too, if the others are too few.
+        """
+        found = self._hold_out(entries, _OWN)
+        return self._hold_out(entries, (*_OWN, Origin.EVENT)) if isinstance(found, Deferred) else found
+
+    def _hold_out(self, entries: Sequence[Entry], origins: Collection[Origin]) -> list[HeldOut] | Deferred:
         messages, enough = self._settings.held_out_messages, self._settings.held_out_tokens
         held: list[HeldOut] = []
         tokens = 0
-        for target in _without_copies(self._own(entries), Counter()):
+        own = [entry for entry in entries if entry.role is Role.USER and entry.origin in origins]
+        for target in _without_copies(self.targets(own), Counter()):
             held.append(self._held(target))
             tokens += target.tokens
             if len(held) >= messages and tokens >= enough:
@@ -203,10 +211,6 @@ class _Copies:
     def _worded(self, entry: Entry, text: str, kinds: tuple[Frame, ...], *, whole: bool = True) -> _Target | None:
         tokens = min(len(self._tokenizer.encode(text)), TARGET_TOKENS)
         return _Target(entry, text, kinds, tokens, whole) if tokens else None
-
-    def _own(self, entries: Sequence[Entry]) -> Iterator[_Target]:
-        own = [entry for entry in entries if entry.role is Role.USER and entry.origin in _OWN]
-        return self.targets(own)
 
     def _held(self, target: _Target) -> HeldOut:
         entry = target.entry

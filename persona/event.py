@@ -24,7 +24,7 @@ MAX_ID = 128  # characters of an id
 MAX_KEY = 128  # characters of a fact's or a state's key
 MAX_VALUE = 2000  # characters of a fact's or a state's value
 MAX_CONTEXT = 50  # lines of others before a message; the newest ones are kept
-MAX_SEQ = (1 << 53) - 1  # what every JSON library can count to
+MAX_SEQ = (1 << 53) - 1  # of sequence numbers, and of ids of ours: what every JSON library can count to
 
 _KIND = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _SOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}")
@@ -242,6 +242,8 @@ def _words(value: Any) -> Words:
 
 def _rating(value: Any) -> Rating:
     wire = _fields(value, _Feedback)
+    if not 1 <= wire.turn <= MAX_SEQ:
+        raise RequestError("turn is the number of a reply.")
     if wire.rating not in (None, -1, 0, 1):
         raise RequestError("rating is -1, 0 or 1.")
     if wire.rating is None and wire.correction is None:

@@ -6,6 +6,7 @@ disk raises: then nothing of the batch has happened, and it may be brought again
 
 import asyncio
 import hashlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ import structlog
 from persona import event
 from persona.domain import ChatTokenizer, User, UserId
 from persona.errors import Busy, NotFound, PersonaError, RequestError
-from persona.event import Event, Happening, Reason, Refused, Words
+from persona.event import Event, Happening, Rating, Reason, Refused, Words
 from persona.settings import Mqtt
 from storage.events import Arrived, Events, Letter, Outcome
 from storage.users import Users
@@ -56,21 +57,35 @@ class Delivery:
 
 
 class Share:
-    """How many events each user may still send: a bucket of `burst` that fills at `rate` a second."""
+    """How many events each user may still send: a bucket of `burst` that fills at `rate` a second, for any thread."""
 
     def __init__(self, rate: float, burst: int, now: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._burst, self._now = rate, burst, now
         self._buckets: dict[str, tuple[float, float]] = {}  # what is left, and when that was
+        self._lock = threading.Lock()
 
     def take(self, user: str) -> bool:
         """One event; False if the user has used the share up."""
+        with self._lock:
+            left = self._fill(user, 0)
+            if left >= 1:
+                self._fill(user, -1)
+            return left >= 1
+
+    def give_back(self, users: Iterable[str]) -> None:
+        """For each event that was taken and then could not be stored."""
+        with self._lock:
+            for user in users:
+                self._fill(user, 1)
+
+    def _fill(self, user: str, more: int) -> float:
         now = self._now()
         left, then = self._buckets.pop(user, (float(self._burst), now))
-        left = min(self._burst, left + (now - then) * self._rate)
         while len(self._buckets) >= _BUCKETS:
             del self._buckets[next(iter(self._buckets))]  # who was longest silent, and so has most of it back
-        self._buckets[user] = (left - 1 if left >= 1 else left), now
-        return left >= 1
+        left = min(self._burst, left + max(0.0, now - then) * self._rate + more)
+        self._buckets[user] = left, now
+        return left
 
 
 class Intake:
@@ -108,6 +123,7 @@ class Intake:
         try:
             outcomes = await self._store(arrived, now)
         except PersonaError:
+            self._share.give_back(one.user for one in arrived if _shared(one))
             raise
         except Exception as error:
             log.error("batch of events failed", events=len(arrived), kind=type(error).__name__)
@@ -138,7 +154,7 @@ class Intake:
         learn: whether what they say becomes history.
         """
         if not self._share.take(user.name):
-            sentence = "This user sends more events than mqtt.events_per_second allows."
+            sentence = "This user sends more events than mqtt.events_per_second allows; try again in a moment."
             raise Busy(sentence, status=429, code="rate_limited")
         now = self._clock()
         try:
@@ -146,8 +162,14 @@ class Intake:
         except Refused as refusal:
             raise RequestError(refusal.detail, code=refusal.reason) from None
         arrived = [Arrived(user.id, one, user.name, payload)]
-        outcome = (await self._events.store(arrived, count=self._tokens, now=now, kept=None))[0]
+        try:
+            outcome = (await self._events.store(arrived, count=self._tokens, now=now, kept=None))[0]
+        except PersonaError:
+            self._share.give_back([user.name])
+            raise
         self._count(arrived, [outcome])
+        if outcome is Outcome.DEAD and not isinstance(one.body, Rating):
+            raise RequestError("The text is empty.", code=Reason.BAD_PAYLOAD)
         if outcome is Outcome.DEAD:
             raise NotFound("There is no such reply of this user.", code=Reason.UNKNOWN_TURN)
         return outcome
@@ -180,7 +202,8 @@ class Intake:
             one = self._event(user, letter.kind, letter.payload, letter.first or now, learn=user.learn)
         except Refused:
             return Outcome.DEAD
-        mine = Arrived(user.id, one, user.name, letter.payload)
+        once = hashlib.sha256(b"letter\0%d" % letter.id).digest()  # ids of letters are never given twice
+        mine = Arrived(user.id, one, user.name, letter.payload, delivery=once, again=True)
         return (await self._events.store([mine], count=self._tokens, now=now, kept=None))[0]
 
     async def _people(self, deliveries: Sequence[Delivery]) -> dict[str, User | Reason]:
@@ -217,17 +240,17 @@ class Intake:
             )
         except Refused as refusal:
             if refusal.reason is Reason.FORGOTTEN:
-                return Arrived(None, Letter.anonymous(Reason.FORGOTTEN, now), delivery=one.digest, again=one.again)
+                return Arrived(None, Letter.anonymous(Reason.FORGOTTEN, now))
             payload = one.payload if refusal.reason in _REPLAYABLE else None
             user_id = user.id if user else None
             letter = Letter(user_id, one.user, one.kind, "", refusal.reason, refusal.detail, payload, now)
             return Arrived(user_id, letter, one.user, delivery=one.digest, again=one.again)
 
     def _judged(self, one: Delivery, who: User | Reason, now: datetime) -> Event:
+        if who is Reason.FORGOTTEN:  # before anything else: whatever arrives, their name is not written down
+            raise Refused(Reason.FORGOTTEN, "")
         if one.retained:
             raise Refused(Reason.RETAINED, "A stored copy that the broker replays is no news; do not publish retained.")
-        if who is Reason.FORGOTTEN:
-            raise Refused(Reason.FORGOTTEN, "")
         if not isinstance(who, User):
             raise Refused(Reason.UNKNOWN_USER, "There is no user of this name; `persona users add NAME` makes one.")
         if not self._share.take(who.name):
@@ -237,7 +260,13 @@ class Intake:
         return self._event(who, one.kind, one.payload, now, learn=who.learn)
 
     def _event(self, user: User, kind: str, payload: bytes, received: datetime, *, learn: bool) -> Event:
-        one = event.read(user.name, kind, payload, received, self._settings.max_payload)
+        try:
+            one = event.read(user.name, kind, payload, received, self._settings.max_payload)
+        except Refused:
+            raise
+        except Exception as error:  # or the broker would bring it again and again, and nothing after it
+            log.error("event cannot be read", user=user.name, kind=type(error).__name__)
+            raise Refused(Reason.INTERNAL, f"Reading it failed with {type(error).__name__}.") from None
         if isinstance(one.body, Words | Happening) and not learn:
             raise Refused(Reason.NOT_RECORDED, "This user does not learn: only facts and states are taken.")
         return one
@@ -266,3 +295,9 @@ class Intake:
 
     def _tokens(self, text: str) -> int:
         return len(self._tokenizer.encode(text))
+
+
+def _shared(one: Arrived) -> bool:
+    """Whether it was taken from its user's share."""
+    free = (Reason.RETAINED, Reason.RATE)
+    return one.user_id is not None and not (isinstance(one.content, Letter) and one.content.reason in free)

@@ -275,7 +275,8 @@ def _day(entry: Entry) -> str:
 
 
 def _fact_line(fact: Fact) -> str:
-    return f'{_one_line(fact.key, QUOTE_CHARS)}: "{_one_line(fact.value or "", QUOTE_CHARS)}"'
+    """The key is quoted as well: any text may be one."""
+    return f'"{_one_line(fact.key, QUOTE_CHARS)}": "{_one_line(fact.value or "", QUOTE_CHARS)}"'
 
 
 def _line(entry: Entry) -> str:

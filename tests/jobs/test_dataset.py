@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -93,6 +94,41 @@ def test_too_little_to_judge_by_is_deferred() -> None:
     deferred = build(own(2))
     assert isinstance(deferred, Deferred)
     assert "Only 2 new messages" in deferred.reason
+
+
+def told(count: int, start: int = 1) -> list[Entry]:
+    """So many different messages that came as events."""
+    return [replace(message, origin=Origin.EVENT, conversation="message/irc") for message in own(count, start)]
+
+
+def test_who_writes_elsewhere_only_is_judged_by_what_came_as_events() -> None:
+    data = built(told(12))
+    assert [message.entry_id for message in data.held_out] == [10, 11, 12]
+    assert data.watermark == 9
+    assert len(texts(data)) == 9
+    assert {sample.frame for sample in data.examples} == {Frame.TURN}
+
+
+def test_events_judge_together_with_other_words_that_are_too_few_alone() -> None:
+    data = built([*own(12), *told(2, start=100), *own(2, start=200)], seen=12)
+    assert [message.entry_id for message in data.held_out] == [101, 200, 201]
+
+
+def test_events_do_not_judge_while_other_words_suffice() -> None:
+    data = built([*own(12), *told(20, start=100)])
+    assert [message.entry_id for message in data.held_out] == [10, 11, 12]
+
+
+def test_what_merely_happened_never_judges() -> None:
+    happened = [replace(one, role=Role.TOOL) for one in told(30)]
+    assert isinstance(build(happened), Deferred)
+    assert isinstance(build([*happened, *told(2, start=100)]), Deferred)
+
+
+def test_too_few_events_are_deferred_and_counted() -> None:
+    found = build(told(2))
+    assert isinstance(found, Deferred)
+    assert found.reason.startswith("Only 2 new messages")
 
 
 def test_nothing_at_all_is_deferred() -> None:
@@ -299,6 +335,22 @@ def test_threat_11_copies_of_absorbed_text_count_too() -> None:
     new = [entry(number, "buy gold now!") for number in range(10, 20)]
     data = built([*new, *own(9, start=30)], replay=old)
     assert sum("gold" in text for text in texts(data)) <= dataset.COPIES
+
+
+def test_threat_11_ten_thousand_events_of_one_sentence_stay_under_the_cap() -> None:
+    varied = ["Buy Gold NOW!", "buy gold now", "BUY  GOLD, now...", "buy gold now 7"]
+    kind = {"origin": Origin.EVENT}
+    flood = [entry(1000 + at, varied[at % 4], conversation=f"message/s{at}", **kind) for at in range(10_000)]
+    data = built([*own(40), *flood, *own(4, start=50_000)])
+    tokens = Counter[bool]()
+    for sample in data.examples:
+        tokens["gold" in TEXT.decode(sample.example.tokens).lower()] += len(sample.example.targets)
+    assert sum("gold" in text.lower() for text in texts(data)) <= dataset.COPIES
+    assert tokens[True] <= tokens[False] * dataset.EVENT_SHARE
+    assert not [message for message in data.held_out if "gold" in message.text.lower()]
+    alone = built([*told(40), *flood])  # whoever writes elsewhere only
+    assert sum("gold" in text.lower() for text in texts(alone)) <= dataset.COPIES
+    assert sum("gold" in message.text.lower() for message in alone.held_out) <= dataset.COPIES
 
 
 def test_threat_11_a_flood_of_events_does_not_drown_what_was_written() -> None:

@@ -1,6 +1,7 @@
 """The file itself: settings, schema, writers at once, damage, full disk, locks, backups."""
 
 import asyncio
+import hashlib
 import logging
 import os
 import sqlite3
@@ -13,14 +14,19 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic import autogenerate
+from alembic import autogenerate, command
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from arriving import STORED, store, told
 
-from persona.domain import Message, Role
+from persona.domain import EntryId, Line, Message, Origin, Role, VersionState
 from persona.errors import Busy, ConfigurationError, SchemaError, StorageFull
 from storage import database, tables
+from storage.adapters import Adapters
 from storage.database import Database
+from storage.events import Events
 from storage.history import History
+from storage.runs import Runs
 from storage.users import Users
 
 HERE = Path(__file__).parent
@@ -324,6 +330,91 @@ async def test_a_crash_in_a_migration_leaves_the_schema_as_it_was(tmp_path, monk
     connection.close()
     monkeypatch.setattr(database, "create_search", real)
     await (await Database.open(path)).close()
+
+
+FIRST = """
+INSERT INTO users (id, name, learn, paused, active, last_version, salt, created)
+VALUES (1, 'ann', 1, 0, 1, 1, x'00112233445566778899aabbccddeeff', '2026-04-01 12:00:00.000000');
+INSERT INTO keys (user_id, digest, label, learn, created) VALUES (1, :key, 'phone', 1, '2026-04-01 12:00:00.000000');
+INSERT INTO entries (id, user_id, role, text, ts, origin, conversation, tokens, context)
+VALUES
+(1, 1, 'user', 'the xylophone is mine', '2026-04-02 12:00:00.000000', 'import', 'import', 4, '[["bob", "whose?"]]'),
+(2, 1, 'assistant', 'Yes.', '2026-04-02 12:01:00.000000', 'reply', 'c-1', 1, NULL);
+INSERT INTO entries_fts(rowid, owner, words) VALUES (1, 'u1', 'the xylophone is mine'), (2, 'u1', 'Yes.');
+INSERT INTO runs (id, user_id, state, created, metrics) VALUES (1, 1, 'kept', '2026-04-03 12:00:00.000000', '{}');
+INSERT INTO run_examples (run_id, entry_id, frame, tokens, weight) VALUES (1, 1, 'turn', 4, 1.0);
+INSERT INTO versions (user_id, number, state, watermark, base, sha256, bytes, created, run_id, plan, metrics)
+VALUES (1, 1, 'published', 1, 'b', 's', 9, '2026-04-03 12:00:00.000000', 1, '{}', '{}');
+INSERT INTO deletions (user_id, digest) VALUES (1, x'beef');
+"""
+
+
+def of_the_first_schema(path: Path) -> dict[str, list]:
+    """Make a database as the first revision made it, with rows in every table; what it holds."""
+    engine = sa.create_engine(f"sqlite:///{path}", isolation_level="AUTOCOMMIT")
+    config = Config()
+    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    with engine.connect() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    engine.dispose()
+    connection = plain(path)
+    for statement in filter(str.strip, FIRST.split(";\n")):
+        connection.execute(statement, {"key": hashlib.sha256(b"pk-old").digest()} if ":key" in statement else {})
+    kept = contents(connection)
+    connection.close()
+    return kept
+
+
+def contents(connection: sqlite3.Connection) -> dict[str, list]:
+    names = ("users", "keys", "entries", "runs", "run_examples", "versions", "deletions", "entries_fts")
+    return {name: connection.execute(f"SELECT * FROM {name}").fetchall() for name in names}
+
+
+async def test_threat_24_a_database_of_the_first_schema_is_upgraded_with_everything_in_it(tmp_path):
+    path = tmp_path / "persona.db"
+    kept = of_the_first_schema(path)
+    assert all(kept.values())
+    db = await Database.open(path)
+    connection = plain(path)
+    assert contents(connection) == kept
+    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
+    connection.close()
+    await db.check()
+    ann = (await Users(db).authenticate("pk-old")).user
+    first, second = await History(db).page(ann.id)
+    assert (first.text, first.origin) == ("the xylophone is mine", Origin.IMPORT)
+    assert first.context == (Line("bob", "whose?"),)
+    assert [entry.id for entry in await History(db).search(ann.id, "xylophone", limit=5)] == [first.id]
+    assert (await Adapters(db, tmp_path / "adapters").get(ann.id, 1)).state is VersionState.PUBLISHED
+    assert (await Runs(db).last(ann.id)).id == 1
+    assert await store(Events(db), told(ann, text="hello", id=1), told(ann, "fact", key="k", value=1)) == [STORED] * 2
+    assert await History(db).last_id(ann.id) == EntryId(second.id + 1)
+    await db.close()
+
+
+async def test_an_upgrade_keeps_a_copy_of_the_first_schema_that_opens_again(tmp_path):
+    path = tmp_path / "persona.db"
+    kept = of_the_first_schema(path)
+    await (await Database.open(path)).close()
+    (copy,) = database.upgrade_copies(path)
+    assert copy.name == "persona-before-0002-was-0001.db"
+    connection = plain(copy)
+    assert contents(connection) == kept
+    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
+    connection.close()
+    again = await Database.open(copy)
+    assert await Users(again).get("ann")
+    await again.close()
+
+
+async def test_of_the_copy_of_an_upgrade_a_forgotten_user_is_gone_as_well(tmp_path):
+    path = tmp_path / "persona.db"
+    of_the_first_schema(path)
+    db = await Database.open(path)
+    assert (await Users(db).forget((await Users(db).get("ann")).id))["upgrade_copies"] == 1
+    await db.close()
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"xylophone" in file.read_bytes()]
 
 
 async def test_scrub_says_when_another_program_keeps_the_log(db, place):

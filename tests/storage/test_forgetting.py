@@ -5,9 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from arriving import DEAD, refused, store, told
 
 from persona.domain import Line, UserId
 from persona.errors import NotFound
+from persona.event import Reason
+from storage import tables
 from storage.backup import Backups
 from storage.history import History, ImportItem
 
@@ -144,3 +148,90 @@ async def test_threat_32_a_candidate_in_the_making_dies_with_its_user(users, ada
     with pytest.raises(NotFound):
         await adapters.publish(ann.id, folder, watermark=0, parent=None, base="b", run_id=None, metrics={}, plan={})
     assert list(root.iterdir()) == []
+
+
+def of_events(user, secret: str = CANARY) -> list:
+    """Everything that can arrive, and in each of its places the secret."""
+    lines = [{"author": secret, "text": secret}]
+    return [
+        told(user, text=f"{secret} said", context=lines, source=secret, seq=1, id=secret, delivery=b"1"),
+        told(user, f"note.{secret}", **{secret: secret}),
+        told(user, "fact", key=secret, value=secret),
+        told(user, "state", key=f"{secret}.lamp", value=[secret]),
+        told(user, "feedback", turn=1, correction=secret),
+        told(user, text=f"<think>{secret}</think>", delivery=b"2"),
+        refused(user, payload=secret.encode(), kind=secret, source=secret),
+        refused(user, Reason.RATE, payload=None, kind=secret),
+    ]
+
+
+async def test_threat_32_forget_leaves_no_byte_of_what_arrived(users, events, history, place, answer, tmp_path, db):
+    name = "canaryname"
+    early = refused(None, Reason.UNKNOWN_USER, name=name, payload=CANARY.encode())
+    await store(events, early)  # before there was a user of the name
+    user = await users.add(name)
+    await store(events, *of_events(user), kept=2)
+    await store(events, *of_events(user), kept=1)
+    found = holding(tmp_path, CANARY)
+    assert "persona.db" in found or "persona.db-wal" in found
+
+    receipt = await users.forget(user.id)
+
+    assert holding(tmp_path, CANARY) == []
+    assert holding(tmp_path, name) == []
+    counts = {table: receipt[table] for table in ("events", "facts", "sources", "deliveries", "dead_letters")}
+    assert counts == {"events": 7, "facts": 2, "sources": 2, "deliveries": 2, "dead_letters": 8}
+    async with db.read() as connection:
+        for table in (tables.events, tables.facts, tables.sources, tables.deliveries, tables.dead_letters):
+            assert (await connection.execute(sa.select(table))).first() is None
+    await db.check()
+
+
+async def test_threat_32_what_others_sent_stays_when_a_user_is_forgotten(users, events, history, ann, bob):
+    await store(events, *of_events(ann), *of_events(bob, "bobcat"))
+    await store(events, refused(None, Reason.UNKNOWN_USER, name="eve"))
+    before = [await events.newest(bob.id), await events.facts(bob.id), await events.sources(bob.id)]
+    letters = await events.letters(bob.id)
+    await users.forget(ann.id)
+    assert [await events.newest(bob.id), await events.facts(bob.id), await events.sources(bob.id)] == before
+    assert await events.letters(bob.id) == letters
+    assert "eve" in [letter.name for letter in await events.letters(None)]
+    assert len(await history.search(bob.id, "bobcat", limit=9)) == 2
+
+
+async def test_threat_32_an_event_under_way_does_not_bring_a_user_back(users, events, ann, bob, tmp_path, db):
+    late = of_events(ann)
+    await users.forget(ann.id)
+    assert await store(events, *late, told(bob, text="hi")) == [DEAD] * len(late) + ["stored"]
+    assert holding(tmp_path, CANARY) == []
+    (letter,) = await events.letters(None)
+    assert (letter.reason, letter.name, letter.count) == (Reason.FORGOTTEN, "", len(late))
+    async with db.read() as connection:
+        for table in (tables.events, tables.facts, tables.sources, tables.entries, tables.deliveries):
+            assert not (await connection.execute(sa.select(table).where(table.c.user_id == ann.id))).all()
+    await db.check()
+
+
+async def test_threat_32_a_user_of_the_same_name_inherits_nothing_that_arrived(users, events, history, ann):
+    late = of_events(ann)
+    await store(events, *late)
+    await users.forget(ann.id)
+    again = await users.add("ann")
+    for found in (events.newest, events.facts, events.sources, events.letters):
+        assert await found(again.id) == []
+    assert await store(events, told(again, text=f"{CANARY} said", id=CANARY, source=CANARY)) == ["stored"]
+
+
+async def test_threat_32_forgetting_while_events_arrive_leaves_nothing(users, events, ann, bob, tmp_path, db):
+    async def flood(user, secret: str) -> None:
+        for number in range(30):
+            words = [told(user, text=f"{secret} {number} {at}") for at in range(20)]
+            await store(events, *words, *of_events(user, secret))
+
+    floods = [asyncio.create_task(flood(ann, CANARY)), asyncio.create_task(flood(bob, "bobcat"))]
+    await asyncio.sleep(0.3)
+    await users.forget(ann.id)
+    await asyncio.gather(*floods)
+    assert holding(tmp_path, CANARY) == []
+    assert len(await events.newest(bob.id, limit=10_000)) >= 600
+    await db.check()
