@@ -259,7 +259,7 @@ async def test_threat_23_what_a_full_disk_refuses_is_stored_later_however_often_
                 with pytest.raises(StorageFull):
                     await it.intake.accept(batch)
                 with pytest.raises(StorageFull):
-                    await it.intake.send(it.ann, "message", json.dumps("word " * 9000, learn=True).encode())
+                    await it.intake.send(it.ann, "message", json.dumps("word " * 9000).encode(), learn=True)
         assert it.intake.counts == Counter()
         assert await it.intake.accept(batch) == [STORED] * 40
         assert await it.intake.accept([sent(text="more")] * 6) == [STORED] * 5 + [DEAD]
