@@ -6,7 +6,7 @@ at once lead to one run a user at most: a user has at most one open run, and wha
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import structlog
@@ -41,7 +41,9 @@ class Schedule:
         runs: Runs,
         finetune: Finetune,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        hourly: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        self._hourly = hourly
         self._learning = settings.learning
         self._users = users
         self._history = history
@@ -73,6 +75,9 @@ class Schedule:
             misfire_grace_time=None,
             max_instances=1,
         )
+        if self._hourly is not None:
+            often = {"hours": 1, "next_run_time": datetime.now(UTC)}
+            self._timer.add_job(self._tidy, "interval", coalesce=True, misfire_grace_time=None, **often)
         self._timer.start()
 
     async def stop(self) -> None:
@@ -117,6 +122,15 @@ class Schedule:
         """Enqueue a run for each user who is due."""
         async with self._checking:
             await self._enqueue_due()
+
+    async def _tidy(self) -> None:
+        """What has to be done now and then. The next hour is another chance."""
+        assert self._hourly is not None
+        async with self._checking:
+            try:
+                await self._hourly()
+            except Exception as error:
+                log.warning("the hourly work failed", error=type(error).__name__)
 
     async def _enqueue_due(self) -> None:
         if not self._learning.enabled or self._stopped:

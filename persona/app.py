@@ -11,11 +11,12 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import structlog
 from aiohttp import web
 
+from jobs import retention
 from jobs.finetune import Finetune
 from jobs.schedule import Schedule
 from persona import app_mqtt, logs, notify
@@ -224,7 +225,10 @@ async def _services(
         return health.base
 
     finetune = Finetune(settings, users, history, adapters, runs, engine, tokenizer, base, clock)
-    schedule = Schedule(settings, users, history, adapters, runs, finetune, clock)
+    keep = timedelta(days=settings.mqtt.keep_days)
+    schedule = Schedule(
+        settings, users, history, adapters, runs, finetune, clock, lambda: retention.tidy(events, clock(), keep)
+    )
     intake = Intake(settings.mqtt, users, events, tokenizer, clock)
     database.on_removed(intake.removed)
     metrics = Metrics()

@@ -173,7 +173,10 @@ class Events:
         limit = now - keep
         async with self._db.write() as connection:
             old = await connection.execute(sa.delete(events).where(events.c.received < limit))
-            return int(old.rowcount) + await dead.prune(connection, limit)
+            gone = int(old.rowcount) + await dead.prune(connection, limit)
+        if gone:
+            await self._db.scrub()
+        return gone
 
 
 def _count(arrived: Sequence[Arrived], count: Callable[[str], int]) -> dict[int, tuple[str, int]]:

@@ -28,7 +28,7 @@ async def test_a_message_becomes_history_and_the_same_one_again_does_not(live: L
 async def test_a_fact_stands_in_the_next_prompt_and_can_be_taken_away(live: Live) -> None:
     await tell(live, "fact", {"key": "diet/lunch", "value": "vegan"})
     why = await live.call("POST", "/v1/me/why", json={"messages": [{"role": "user", "content": "hi"}]})
-    assert 'diet/lunch: "vegan"' in why["messages"][0]["content"]
+    assert '"diet/lunch": "vegan"' in why["messages"][0]["content"]
     assert {"entry": None, "key": "diet/lunch", "part": "fact"}.items() <= why["used"][0].items()
     assert (await live.call("GET", "/v1/me/facts"))["data"][0]["value"] == "vegan"
     await live.call("DELETE", "/v1/me/facts/fact/diet/lunch")
@@ -148,6 +148,19 @@ async def test_threat_33_an_export_holds_events_and_facts_and_can_be_imported(li
     ndjson = {"content-type": "application/x-ndjson"}
     counts = await live.call("POST", "/v1/me/history", user="bob", data=history, headers=ndjson)
     assert counts["stored"] == 1
+
+
+async def test_receipts_and_dead_letters_go_after_their_days_and_what_they_became_stays(start: Start) -> None:
+    live = await start(mqtt={"keep_days": 1e-9})
+    await tell(live, "message", {"id": 1, "text": "I stay"})
+    await tell(live, "fact", {"key": "diet", "value": "vegan"})
+    await letters(live, state=b"{}")
+    await live.services.schedule._tidy()  # type: ignore[attr-defined]
+    assert (await live.call("GET", "/v1/me/events"))["data"] == []
+    assert (await live.call("GET", "/v1/me/events/dead"))["data"] == []
+    assert await live.history() == [("user", "I stay")]
+    assert len((await live.call("GET", "/v1/me/facts"))["data"]) == 1
+    assert await tell(live, "message", {"id": 1, "text": "I stay"}, status=200) == {"outcome": "duplicate"}
 
 
 async def test_metrics_count_events_by_outcome_and_reason(live: Live) -> None:

@@ -201,7 +201,7 @@ async def test_events_before_a_question_stand_in_its_answer(begin: Start, broker
         for number in range(20):
             await ann.client.publish("persona/u/ann/events/state", json.dumps({"key": "n", "value": number}), qos=1)
         await ann.answer({"text": "what is n?"})
-    assert 'n: "19"' in live.services.tokenizer.decode(engine.requests[0].tokens)
+    assert '"n": "19"' in live.services.tokenizer.decode(engine.requests[0].tokens)
 
 
 async def test_a_device_of_mqtt_311_is_served_as_well(begin: Start, broker: Mosquitto) -> None:
