@@ -1,5 +1,6 @@
 """How the service's MQTT part is put together, taken up after everything it serves and taken down before it."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -38,7 +39,8 @@ async def running(services: Services) -> AsyncIterator[tuple[Mqtt, Account | Non
         try:
             yield mqtt, account
         finally:
-            await mqtt.stop(settings.http.shutdown_seconds)
+            # No surface takes anything new, and all replies have the same time to end.
+            await asyncio.gather(mqtt.stop(), services.chat.drain(settings.http.shutdown_seconds))
 
 
 def _mqtt(services: Services, settings: Settings, password: str | None) -> Mqtt:
@@ -46,20 +48,21 @@ def _mqtt(services: Services, settings: Settings, password: str | None) -> Mqtt:
     talk = Talk(
         settings, services.users, services.chat, topics, services.base, services.clock, services.metrics.reply
     )
-    house = House(settings.model.name, services.base, lambda: _troubles(services))
+    house = House(settings.model.name, services.base, lambda: _troubles(services, mqtt))
     stored = (services.database, services.events)
     presence = Presence(settings.mqtt, topics, *stored, services.intake, house, services.clock)
 
     async def train(name: str) -> None:
         await _train(services, name)
 
-    return Mqtt(settings, topics, services.intake, talk, presence, train, password=password, random=Random())
+    mqtt = Mqtt(settings, topics, services.intake, talk, presence, train, password=password, random=Random())
+    return mqtt
 
 
-def _troubles(services: Services) -> list[str]:
+def _troubles(services: Services, mqtt: Mqtt) -> list[str]:
     """What is wrong with the service as a whole, as far as it can be told in no time."""
     full = "The disk is full: replies go unrecorded until there is space." if services.chat.disk_full else None
-    return [trouble for trouble in (services.pulse.trouble(), full) if trouble]
+    return [trouble for trouble in (services.pulse.trouble(), full, mqtt.held) if trouble]
 
 
 async def _train(services: Services, name: str) -> None:

@@ -1,5 +1,6 @@
 """Commands about events: what arrived, what is known by it, and what was refused and why."""
 
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +13,8 @@ events = typer.Typer(help="Events: what devices and programs told persona.", no_
 
 OfUser = Annotated[str | None, typer.Option("--user", help="Only this user's; without it everybody's and nobody's.")]
 Letters = Annotated[list[int] | None, typer.Argument(help="Numbers of dead letters.")]
-All = Annotated[bool, typer.Option("--all", help="All of them, a thousand at a time.")]
-_FEW = 1000
+All = Annotated[bool, typer.Option("--all", help="All of them.")]
+_FEW = 500  # in one request
 
 
 @events.command("list")
@@ -77,7 +78,10 @@ def replay(
 ) -> None:
     """Try dead letters again, once their cause is mended."""
     link = Link(settings(context), user)
-    results = link.ask("POST", f"{_place(user)}/replay", json={"ids": _chosen(link, user, letters, every)})
+    chosen = _chosen(link, user, letters, every)
+    results: Counter[str] = Counter()
+    for start in range(0, len(chosen), _FEW):
+        results += Counter(link.ask("POST", f"{_place(user)}/replay", json={"ids": chosen[start : start + _FEW]}))
     if json:
         emit(results)
         return
@@ -101,7 +105,11 @@ def _place(user: str | None) -> str:
 
 
 def _all(link: Link, user: str | None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = link.ask("GET", _place(user), params={"limit": _FEW})["data"]
+    rows: list[dict[str, Any]] = []
+    after: int | None = 0
+    while after is not None:
+        page = link.ask("GET", _place(user), params={"limit": _FEW, "after": after})
+        rows, after = rows + page["data"], page["next"]
     return rows
 
 

@@ -30,7 +30,7 @@ _REPLAYABLE = frozenset(Reason) - {Reason.RETAINED, Reason.RATE, Reason.TOO_LARG
 _STRANGERS = 1024  # names that were looked up in vain and are not looked up again for a while
 _STRANGE_SECONDS = 60.0
 _BUCKETS = 4096  # users whose share is remembered
-_REPLAYED = 500  # dead letters in one replay
+MOST_REPLAYED = 1000  # dead letters in one replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class Intake:
         self.counts[Reason.OVERFLOW] += dropped.total()
 
     async def _shed(self, name: str, count: int, user: User | None, now: datetime) -> Letter:
-        if user is None and await self.stranger(name) is Reason.FORGOTTEN:
+        if user is None and name and await self.stranger(name) is Reason.FORGOTTEN:
             return replace(Letter.anonymous(Reason.FORGOTTEN, now), count=count)
         sentence = "More messages of QoS 0 were waiting than mqtt.qos0_waiting allows."
         return Letter(user.id if user else None, name, "", "", Reason.OVERFLOW, sentence, None, now, count)
@@ -179,7 +179,7 @@ class Intake:
 
         Letters without a payload stay: there is nothing to replay.
         """
-        whole = [letter for letter in letters if letter.payload is not None][:_REPLAYED]
+        whole = [letter for letter in letters if letter.payload is not None][:MOST_REPLAYED]
         now = self._clock()
         people = await self._found({letter.name for letter in whole})
         results: Counter[str] = Counter()
@@ -191,7 +191,7 @@ class Intake:
                 done.append(letter.id)
         if done:
             await self._events.drop_letters(done)
-        results["without_payload"] = len(letters) - len(whole)
+        results["without_payload"] = sum(letter.payload is None for letter in letters)
         return results
 
     async def _again(self, letter: Letter, user: User | None, now: datetime) -> Outcome:

@@ -102,7 +102,9 @@ async def _replay(request: web.Request, user_id: UserId | None) -> web.Response:
     if wire.ids is None:
         letters = await deps.events.letters(user_id, limit=MAX_PAGE)
     else:
-        letters = [await _letter(deps, letter_id, user_id) for letter_id in wire.ids[:MAX_PAGE]]
+        if len(wire.ids) > MAX_PAGE:
+            raise TooLarge(f"At most {MAX_PAGE} dead letters are replayed at once.", param="ids")
+        letters = [await _letter(deps, letter_id, user_id) for letter_id in wire.ids]
     return web.json_response(dict(await deps.intake.replay(letters)))
 
 

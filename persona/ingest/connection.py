@@ -27,6 +27,8 @@ from persona.settings import Mqtt
 
 FOREVER = 0xFFFFFFFF  # seconds for which a broker of MQTT 5 keeps our session
 _REST = 1024  # bytes of a payload above the limit that are looked at
+_MOST_BYTES = 32 << 20  # of waiting payloads above which messages of QoS 0 are dropped
+_TOPICS = 100  # topics of dropped messages that are told apart
 _WAIT = 10.0  # seconds for the broker to answer one of our packets
 _REFUSED = {  # CONNACK codes of MQTT 3.1.1 and 5 that only the owner can mend
     4: "user name or password",
@@ -60,10 +62,13 @@ class Packet:
 def check(settings: Mqtt) -> None:
     """Raises ConfigurationError for unreadable certificates, or libraries that lack what this file reaches for."""
     _tls(settings)
-    wanted = [(Paho, "manual_ack_set"), (Paho, "ack")]
-    missing = [name for owner, name in wanted if not callable(getattr(owner, name, None))]
-    if missing:
-        raise ConfigurationError(f"paho-mqtt has no {missing[0]} any more: install the versions of constraints.txt.")
+    client = aiomqtt.Client("127.0.0.1")
+    paho = getattr(client, "_client", None)
+    wanted = {"aiomqtt": (client, ("_client", "_disconnected")), "paho-mqtt": (paho, ("manual_ack_set", "ack"))}
+    for library, (owner, names) in wanted.items():
+        if missing := [name for name in names if not hasattr(owner, name)]:
+            sentence = f"{library} has no {missing[0]} any more: install the versions of constraints.txt."
+            raise ConfigurationError(sentence)
 
 
 class Connection:
@@ -73,6 +78,7 @@ class Connection:
         self._client = client
         self._settings = settings
         self._waiting: deque[Packet] = deque()
+        self._bytes = 0  # of the payloads that wait
         self._stirred = asyncio.Event()
         self._interrupted = False
         self._shed: Counter[str] = Counter()
@@ -84,7 +90,13 @@ class Connection:
             self._demand()
             self._stirred.clear()
             await self._stirred.wait()
-        return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+        return self.take(most)
+
+    def take(self, most: int) -> list[Packet]:
+        """What has arrived already, at most `most`."""
+        taken = [self._waiting.popleft() for _ in range(min(max(0, most), len(self._waiting)))]
+        self._bytes -= sum(len(packet.payload) for packet in taken)
+        return taken
 
     def interrupt(self) -> None:
         """Have `receive` return."""
@@ -155,10 +167,13 @@ class Connection:
         self._client._disconnected.add_done_callback(gone)
 
     def _on_message(self, client: Paho, data: Any, message: Any) -> None:
-        if message.qos == 0 and len(self._waiting) >= self._settings.qos0_waiting:
-            self._shed[message.topic] += 1
+        if message.qos == 0 and (len(self._waiting) >= self._settings.qos0_waiting or self._bytes >= _MOST_BYTES):
+            known = message.topic in self._shed or len(self._shed) < _TOPICS
+            self._shed[message.topic if known else ""] += 1
         else:
-            self._waiting.append(_packet(message, self._settings.max_payload))
+            packet = _packet(message, self._settings.max_payload)
+            self._waiting.append(packet)
+            self._bytes += len(packet.payload)
         self._stirred.set()
 
     def _properties(self, correlation: bytes | None) -> Properties | None:

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -54,6 +55,9 @@ class Mqtt:
         self._settings, self._topics, self._intake = settings, topics, intake
         self._talk, self._presence, self._train = talk, presence, train
         self._password, self._random = password, random
+        self._session: Session | None = None
+        self._dropped: Counter[str] = Counter()  # messages of QoS 0 that found no room, by user
+        self._patience = settings.http.shutdown_seconds
         self._connection: Connection | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
@@ -64,17 +68,16 @@ class Mqtt:
     async def start(self) -> None:
         """Begin to connect; a broker that is away is waited for. Raises ConfigurationError."""
         links.check(self._settings.mqtt)
-        identifier = await asyncio.to_thread(_identifier, self._settings.mqtt_client, self._topics.prefix)
-        self._task = asyncio.create_task(self._keep(identifier), name="mqtt")
+        self._session = await asyncio.to_thread(Session.load, self._settings.mqtt_client, self._topics.prefix)
+        self._task = asyncio.create_task(self._keep(self._session), name="mqtt")
 
-    async def stop(self, seconds: float) -> None:
-        """Store what has arrived, let chats end for so many seconds, say goodbye."""
+    async def stop(self) -> None:
+        """Store what has arrived, let chats end within http.shutdown_seconds, say goodbye."""
         self._stopping.set()
         if self._connection is not None:
             self._connection.interrupt()
-        await self._talk.drain(seconds)
         if self._task is not None:
-            await asyncio.wait([self._task], timeout=STOP_SECONDS)
+            await asyncio.wait([self._task], timeout=self._patience + STOP_SECONDS)
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
@@ -83,18 +86,23 @@ class Mqtt:
     def connected(self) -> bool:
         return self._connection is not None
 
+    @property
+    def held(self) -> str | None:
+        """Why events wait at the broker, if they do."""
+        return self._held
+
     def trouble(self) -> str | None:
         """What an owner should know: no broker, or a disk that takes no events."""
         return self._held or self._lost
 
     # --- connections
 
-    async def _keep(self, identifier: str) -> None:
+    async def _keep(self, session: "Session") -> None:
         wait = FIRST_WAIT
         while not self._stopping.is_set():
             started = time.monotonic()
             try:
-                await self._live(identifier)
+                await self._live(session)
             except Lost as lost:
                 self._lost = str(lost)
             except Exception as error:  # whatever it was, the next connection is a new chance
@@ -109,27 +117,30 @@ class Mqtt:
                 await asyncio.wait_for(self._stopping.wait(), pause)
             wait = min(2 * wait, LONGEST_WAIT)
 
-    async def _live(self, identifier: str) -> None:
+    async def _live(self, session: "Session") -> None:
         """One connection, from its beginning to its end."""
         mqtt = self._settings.mqtt
         will = (self._topics.status, discovery.OFFLINE)
-        async with links.connected(mqtt, identifier, self._password, will) as connection:
-            await self._greet(connection)
+        async with links.connected(mqtt, session.identifier, self._password, will) as connection:
+            await self._greet(connection, session)
             beside = [asyncio.create_task(work(connection)) for work in (self._presence.run, self._look)]
             beside[0].add_done_callback(lambda _: connection.interrupt())  # it ends only if the broker stays silent
             try:
                 self._connection, self._lost = connection, None
-                await self._take_in(connection)
+                await self._take_in(connection, session)
+                await self._talk.drain(self._patience)
                 await self._presence.farewell(connection)
             finally:
                 self._connection = None
                 await _end(beside)
 
-    async def _greet(self, connection: Connection) -> None:
+    async def _greet(self, connection: Connection, session: "Session") -> None:
         self.counts["connections"] += 1
-        if not connection.resumed and self.counts["connections"] > 1:
-            self.counts["sessions_lost"] += 1
-            log.warning("the broker lost our session; what it held for us is gone (see configs/mosquitto.conf)")
+        if not connection.resumed:
+            if session.known:
+                self.counts["sessions_lost"] += 1
+                log.warning("the broker lost our session; what it held for us is gone (see configs/mosquitto.conf)")
+            await asyncio.to_thread(session.renew)
         await connection.subscribe(self._topics.wanted(house=self._settings.mqtt.discovery), stored=False)
         await connection.publish(self._topics.status, discovery.ONLINE, retain=True)
         log.info("→ broker", host=self._settings.mqtt.host, port=self._settings.mqtt.port, resumed=connection.resumed)
@@ -144,47 +155,61 @@ class Mqtt:
 
     # --- messages
 
-    async def _take_in(self, connection: Connection) -> None:
+    async def _take_in(self, connection: Connection, session: "Session") -> None:
         """Until the service stops. Raises Lost."""
         while not self._stopping.is_set():
             packets = await connection.receive(self._settings.mqtt.window)
             if not packets and not self._stopping.is_set():
                 raise Lost("The broker does not answer.")
-            await self._store(packets)
+            heeded = 0
+            while not await self._stored(packets, session):
+                heeded = await self._heed_all(connection, packets, heeded)  # chat goes on without the disk
+                await self._wait_for_space()
+                packets += connection.take(self._settings.mqtt.window - len(packets))
+            await self._heed_all(connection, packets, heeded)
             await self._shed(connection)
-            for packet in packets:
-                await self._heed(connection, packet)
             connection.acknowledge(packets)
 
-    async def _store(self, packets: list[Packet]) -> None:
-        """Have the events among `packets` committed, however long a full disk makes that take."""
+    async def _stored(self, packets: list[Packet], session: "Session") -> bool:
+        """Have the events among `packets` committed; False if the disk takes none, and nothing has happened."""
         found = [(packet, self._topics.read(packet.topic)) for packet in packets]
-        deliveries = [_delivery(packet, topic) for packet, topic in found if isinstance(topic, EventTopic)]
-        while deliveries:
-            try:
+        deliveries = [
+            _delivery(packet, topic, session.nonce) for packet, topic in found if isinstance(topic, EventTopic)
+        ]
+        try:
+            if deliveries:
                 await self._intake.accept(deliveries)
-                self._held = None
                 self._presence.arrived()
-                return
-            except StorageFull:
-                self._held = "The disk is full: events wait at the broker until there is space."
-            except Busy:
-                self._held = "The database is busy: events wait at the broker."
+            self._held = None
+        except StorageFull:
+            self._held = "The disk is full: events wait at the broker until there is space."
+        except Busy:
+            self._held = "The database is busy: events wait at the broker."
+        if self._held is not None:
             log.error("events wait", why=self._held, events=len(deliveries))
-            if self._stopping.is_set():
-                raise Lost("The service stops with events that could not be stored; the broker still has them.")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), HELD_SECONDS)
+        return self._held is None
+
+    async def _wait_for_space(self) -> None:
+        self._presence.changed()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), HELD_SECONDS)
+        if self._stopping.is_set():
+            raise Lost("The service stops with events that could not be stored; the broker still has them.")
 
     async def _shed(self, connection: Connection) -> None:
-        """Note what was dropped for want of room, by user."""
-        dropped: Counter[str] = Counter()
+        """Note what was dropped for want of room, by user; a full disk hears of it later."""
         for topic, count in connection.take_shed().items():
-            meant = self._topics.read(topic)
-            if isinstance(meant, EventTopic):
-                dropped[meant.user] += count
-        with contextlib.suppress(StorageFull, Busy):
-            await self._intake.shed(dropped)
+            self._dropped[self._topics.user(topic) or ""] += count
+        if self._dropped:
+            with contextlib.suppress(StorageFull, Busy):
+                await self._intake.shed(self._dropped)
+                self._dropped = Counter()
+
+    async def _heed_all(self, connection: Connection, packets: list[Packet], start: int) -> int:
+        """Everything but events, from `start` on; how many packets are done with."""
+        for packet in packets[start:]:
+            await self._heed(connection, packet)
+        return len(packets)
 
     async def _heed(self, connection: Connection, packet: Packet) -> None:
         """Whatever is not an event."""
@@ -192,6 +217,7 @@ class Mqtt:
         if packet.retained and packet.payload:
             await self._find(packet, topic)
         elif isinstance(topic, ChatTopic):
+            await self._talk.room()
             self._talk.hear(topic.user, packet, connection.publish)
         elif isinstance(topic, TrainTopic) and packet.payload:  # nothing: somebody takes a stored wish back
             await self._train(topic.user)
@@ -219,26 +245,42 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
             log.error("mqtt failed", kind=type(result).__name__)
 
 
-def _delivery(packet: Packet, topic: EventTopic) -> Delivery:
+def _delivery(packet: Packet, topic: EventTopic, nonce: bytes) -> Delivery:
     return Delivery(
         user=topic.user,
         kind=topic.kind,
         payload=packet.payload,
         retained=packet.retained,
         again=packet.again,
-        mark=packet.mid.to_bytes(2, "big") if packet.qos else None,
+        mark=nonce + packet.mid.to_bytes(2, "big") if packet.qos else None,
         size=packet.size,
     )
 
 
-def _identifier(file: Path, prefix: str) -> str:
-    """The name of our session at the broker: the same after every restart, and no one else's guess."""
-    with contextlib.suppress(FileNotFoundError):
-        if kept := file.read_text(encoding="ascii").strip():
-            return kept
-    made = f"{prefix.replace('/', '-')}-{secrets.token_hex(12)}"
-    part = file.with_suffix(".part")
-    part.write_text(made, encoding="ascii")
-    part.chmod(0o600)
-    part.replace(file)
-    return made
+@dataclass(slots=True)
+class Session:
+    """Our session at the broker: the name under which it is kept, the same after every restart and no one else's guess.
+
+    The nonce tells its packet numbers from those of an earlier session, which began at 1 as well.
+    """
+
+    file: Path
+    identifier: str
+    nonce: bytes
+    known: bool  # the broker should have it
+
+    @classmethod
+    def load(cls, file: Path, prefix: str) -> "Session":
+        """From `file`, or a new one."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            identifier, nonce = file.read_text(encoding="ascii").split()
+            return cls(file, identifier, bytes.fromhex(nonce), known=True)
+        return cls(file, f"{prefix.replace('/', '-')}-{secrets.token_hex(12)}", b"", known=False)
+
+    def renew(self) -> None:
+        """The broker has begun anew."""
+        self.nonce, self.known = secrets.token_bytes(8), True
+        part = self.file.with_suffix(".part")
+        part.touch(0o600)
+        part.write_text(f"{self.identifier} {self.nonce.hex()}\n", encoding="ascii")
+        part.replace(self.file)

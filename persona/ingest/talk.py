@@ -6,6 +6,7 @@ chunks come before it. What came with the request as correlation goes out with e
 """
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import Awaitable, Callable
 from datetime import datetime
@@ -28,6 +29,7 @@ from storage.users import Users
 log = structlog.get_logger()
 
 MOST = 64  # requests that are answered at once
+LAST_SECONDS = 2.0  # in which answers that were cut short at the end may be published
 GATHER = 0.1  # seconds of a stream that go into one chunk
 MAX_CORRELATION = 256  # bytes
 _REMEMBERED = 256  # requests that are not answered twice when the broker delivers them again
@@ -55,13 +57,14 @@ class Talk:
         self._settings, self._users, self._chat, self._topics = settings, users, chat, topics
         self._base, self._clock, self._ended = base, clock, ended
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heard: dict[tuple[int, bytes], None] = {}
+        self._replies: set[Reply] = set()
+        self._heard: dict[bytes, None] = {}  # digests of requests
 
     def hear(self, user: str, packet: Packet, publish: Publish) -> None:
         """Begin to answer; returns at once. A repetition of what was heard is left alone."""
         if packet.retained:  # a stored question that nobody asks now
             return
-        key = packet.mid, packet.payload
+        key = hashlib.sha256(b"%d\0%s\0%s" % (packet.mid, packet.topic.encode(), packet.payload)).digest()
         if packet.again and packet.qos and key in self._heard:
             return
         self._heard[key] = None
@@ -71,10 +74,19 @@ class Talk:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def room(self) -> None:
+        """Wait until one more request may be begun, be it to be refused."""
+        while len(self._tasks) >= 2 * MOST:
+            await asyncio.wait(set(self._tasks), return_when=asyncio.FIRST_COMPLETED)
+
     async def drain(self, seconds: float) -> None:
-        """Let answers under way end, for so long."""
-        if self._tasks:
+        """Let answers under way end, for so long; then cut their replies short and let that be told."""
+        if self._tasks and seconds > 0:
             await asyncio.wait(set(self._tasks), timeout=seconds)
+        for reply in self._replies:
+            reply.abort()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=LAST_SECONDS)
         for task in set(self._tasks):
             task.cancel()
         if self._tasks:
@@ -87,7 +99,7 @@ class Talk:
         except PersonaError as error:
             await say.error(error)
         except Lost:
-            log.warning("an answer over MQTT was lost with the connection", user=user)
+            log.warning("an answer over MQTT was lost with the connection")
         except Exception as error:
             log.error("chat over MQTT failed", kind=type(error).__name__)
             await say.error(PersonaError("Something went wrong on our side."))
@@ -100,18 +112,20 @@ class Talk:
             say.topic = packet.reply_to
         if packet.size > len(packet.payload):
             raise TooLarge(f"The payload has more than {self._settings.mqtt.max_payload} bytes.")
+        body = say.understand(decode(packet.payload, object))
         if len(self._tasks) > MOST:
             raise Busy("Too many chats over MQTT at once; try again in a moment.", retry_after=5)
-        body = say.understand(decode(packet.payload, object))
         ask = chat_openai.understand(body, self._settings.prompt.max_reply_tokens)
         user = await self._users.get(name) if name.isascii() else None
         if user is None:
             raise NotFound("There is no user of that name.", code="user_not_found")
         reply = await self._chat.reply(Caller(user, key_id=0, learn=user.learn), ask)
         reply.on_end(self._ended)
+        self._replies.add(reply)
         try:
             await self._follow(reply, say, stream=bool(body.stream))
         finally:
+            self._replies.discard(reply)
             reply.abort()
 
     async def _follow(self, reply: Reply, say: "_Answers", *, stream: bool) -> None:

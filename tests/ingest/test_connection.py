@@ -55,6 +55,12 @@ async def test_an_event_is_acknowledged_only_after_it_is_committed(begin: Start,
     assert len(await live.history()) < 40
     answer = await live.say("are you there? " + "x" * 3500)
     assert answer["persona"]["recorded"] is False, "chat goes on, unrecorded"
+    async with broker.client("ann") as client:
+        await client.subscribe("persona/u/ann/chat", qos=1)
+        await client.publish("persona/u/ann/chat/set", json.dumps({"text": "and here? " + "x" * 3500}), qos=1)
+        async with asyncio.timeout(10):
+            told = json.loads((await anext(aiter(client.messages))).payload)  # type: ignore[arg-type]
+    assert told["persona"]["recorded"] is False, "over MQTT too, though events wait"
     await limit_pages(live, full=False)
     await counted(live, "stored", 40)
     assert live.house.mqtt is not None
@@ -203,6 +209,25 @@ async def test_a_session_that_the_broker_lost_is_noticed(begin: Start, broker: M
     await counted(live, "stored", 1)
 
 
+async def test_numbers_of_a_lost_session_make_no_event_of_the_next_one_a_repetition(
+    begin: Start, broker: Mosquitto
+) -> None:
+    live = await begin()
+    before = live.services.settings.mqtt_client.read_text()
+    await broker.kill()
+    for file in (broker.folder / "store").iterdir():
+        file.unlink()
+    await broker.start()
+    mqtt = live.house.mqtt
+    assert mqtt is not None
+    async with asyncio.timeout(20):
+        while not mqtt.counts["sessions_lost"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    after = live.services.settings.mqtt_client.read_text()
+    assert after.split()[0] == before.split()[0]
+    assert after.split()[1] != before.split()[1]
+
+
 async def test_a_session_that_the_broker_kept_brings_what_came_meanwhile(
     begin: Start, start: Start, broker: Mosquitto
 ) -> None:
@@ -269,7 +294,7 @@ async def test_threat_22_a_stranger_who_takes_our_session_over_gets_no_second_ef
 ) -> None:
     """Two clients of one name throw each other out; whatever happens, each event counts once and is not lost."""
     live = await begin()
-    identifier = live.services.settings.mqtt_client.read_text()
+    identifier = live.services.settings.mqtt_client.read_text().split()[0]
     await tell(broker, {"id": 1, "text": "first"})
     await counted(live, "stored", 1)
     taken = aiomqtt.Client(

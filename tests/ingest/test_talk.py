@@ -194,6 +194,34 @@ async def test_a_failing_engine_is_an_answer_too(begin: Start, broker: Mosquitto
         assert "secret" not in json.dumps(await ann.answer({"text": "hi"}))
 
 
+@pytest.mark.parametrize("seconds", [0.3, 5.0], ids=["cut short", "in time"])
+async def test_threat_26_a_stop_lets_an_answer_end_within_its_limit(
+    begin: Start, broker: Mosquitto, seconds: float
+) -> None:
+    words = " ".join(f"word{number}" for number in range(40))
+    live = await begin(ScriptedEngine(words, delay=0.03), http={"shutdown_seconds": seconds})
+    async with talker(broker) as ann:
+        await ann.ask({"text": "talk"})
+        async with asyncio.timeout(10):
+            while not live.services.chat.running:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await live.stack.aclose()
+        answer = (await ann.hear())[1]
+    assert answer["persona"]["finish"] == ("abort" if seconds < 1 else "stop")
+    assert words.startswith(said(answer))
+    assert len(said(answer)) > 10
+
+
+async def test_many_questions_at_once_are_each_answered_or_refused(begin: Start, broker: Mosquitto) -> None:
+    await begin(ScriptedEngine("Yes.", delay=0.05))
+    async with talker(broker) as ann:
+        for number in range(150):
+            await ann.ask({"text": "hi", "correlation": number, "store": False})
+        answers = [(await ann.hear())[1] for _ in range(150)]
+    assert {answer["correlation"] for answer in answers} == set(range(150))
+    assert {answer["error"]["code"] for answer in answers if "error" in answer} <= {"busy"}
+
+
 async def test_events_before_a_question_stand_in_its_answer(begin: Start, broker: Mosquitto) -> None:
     engine = ScriptedEngine()
     live = await begin(engine)
