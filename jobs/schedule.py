@@ -81,7 +81,7 @@ class Schedule:
         self._timer.start()
 
     async def stop(self) -> None:
-        """Stop the timer, then the run under way: it goes on from its last optimizer step after the next start."""
+        """Stop the timer, then the run under way: it goes on from its last kept step after the next start."""
         self._finetune.leave()
         if self._timer is not None:
             self._timer.pause()
