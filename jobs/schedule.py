@@ -16,7 +16,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from jobs import recovery
 from jobs.finetune import Finetune
 from persona.domain import EntryId, Run, RunState, User, UserId, VersionState
-from persona.errors import Busy, NotFound
+from persona.errors import Busy, NotFound, PersonaError
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.history import History
@@ -81,7 +81,7 @@ class Schedule:
         self._timer.start()
 
     async def stop(self) -> None:
-        """Stop the timer, then the run under way: it goes on from its last optimizer step after the next start."""
+        """Stop the timer, then the run under way: it goes on from its last kept step after the next start."""
         self._finetune.leave()
         if self._timer is not None:
             self._timer.pause()
@@ -202,10 +202,20 @@ class Schedule:
                     await self._waiting.wait()
             except Exception as error:  # one run or one full disk must not end all learning
                 log.warning("worker stumbled", error=type(error).__name__)
-                await asyncio.sleep(PAUSE_SECONDS)
-                with contextlib.suppress(Exception):
-                    await recovery.recover(self._runs, self._adapters, self._clock())  # here is the only worker
-                    self._announce()
+                await self._mend(stopped=not isinstance(error, PersonaError))
+
+    async def _mend(self, *, stopped: bool) -> None:
+        """Put right the run whose end was not stored, once that can be: here is the only worker."""
+        while True:
+            await asyncio.sleep(PAUSE_SECONDS)
+            try:
+                await recovery.recover(self._runs, self._adapters, self._clock(), stopped=stopped)
+                return self._announce()
+            except PersonaError:  # still full or busy
+                continue
+            except Exception as error:  # the next start is another chance, and others want to learn
+                log.error("a run was left unfinished", error=type(error).__name__)
+                return None
 
     async def _next(self) -> bool:
         """Carry out the oldest queued run; False if there is none."""

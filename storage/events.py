@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from persona.domain import Fact, Origin, Role, UserId
 from persona.event import FACTS, Event, Happening, Known, Rating, Reason, Words
-from storage import database, dead, facts, failpoints, identity, lookup, sources, tables
+from storage import dead, facts, failpoints, identity, insertion, lookup, sources, tables
 from storage.database import Database, Transaction
 from storage.dead import Letter
 from storage.sources import Source
@@ -257,7 +257,7 @@ async def _append(connection: Transaction, batch: _Batch, tokens: dict[int, tupl
         else:  # thoughts and nothing else
             batch.outcomes[at] = Outcome.DEAD
             batch.letters.append(_letter(batch, at, Reason.BAD_PAYLOAD, "The text is empty."))
-    ids = await _insert(connection, rows)
+    ids = await insertion.insert(connection, rows)
     ledger = [_ledger(batch, at, entry_id) for at, entry_id in zip(places, ids, strict=True)]
     if ledger:
         await connection.execute(sa.insert(events), ledger)
@@ -280,24 +280,6 @@ def _entry(user_id: UserId, event: Event, text: str, length: int, item: bytes | 
         "context": lines or None,
         "item": item,
     }
-
-
-async def _insert(connection: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
-    """The ids of the new entries, in order. Nobody else writes meanwhile, so they are those above the last one: asking
-    for each as it is made would cost a round trip a row.
-    """
-    if not rows:
-        return []
-    last = (await connection.execute(sa.select(sa.func.coalesce(sa.func.max(entries.c.id), 0)))).scalar_one()
-    await connection.execute(sa.insert(entries), rows)
-    made = await connection.execute(sa.select(entries.c.id).where(entries.c.id > last).order_by(entries.c.id))
-    ids = list(made.scalars())
-    by_user: dict[UserId, list[tuple[int, str]]] = {}
-    for entry_id, row in zip(ids, rows, strict=True):
-        by_user.setdefault(row["user_id"], []).append((entry_id, row["text"]))
-    for user_id, texts in by_user.items():
-        await database.index(connection, user_id, texts)
-    return ids
 
 
 async def _rate(connection: Transaction, batch: _Batch) -> None:

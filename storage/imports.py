@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from persona.domain import Line, Origin, Role, UserId
 from persona.errors import Unprocessable
-from storage import database, identity
+from storage import identity, insertion
 from storage.database import Transaction
 from storage.tables import deletions, entries
 
@@ -78,10 +78,7 @@ async def store(connection: Transaction, user_id: UserId, rows: dict[bytes, dict
     gone = sa.select(deletions.c.digest).where(deletions.c.user_id == user_id, deletions.c.digest.in_(list(rows)))
     seen = {*(await connection.execute(held)).scalars(), *(await connection.execute(gone)).scalars()}
     new = [{"user_id": user_id, **row} for key, row in rows.items() if key not in seen]
-    if new:
-        made = sa.insert(entries).returning(entries.c.id, entries.c.text, sort_by_parameter_order=True)
-        found = await connection.execute(made, new)
-        await database.index(connection, user_id, [(row.id, row.text) for row in found])
+    await insertion.insert(connection, new)
     return len(new)
 
 

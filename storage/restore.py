@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -64,10 +65,11 @@ def restore(backup: Path, home: Path, *, replace: bool, now: datetime) -> Path |
             f"{home} holds data already: with --replace it is moved aside and the backup takes its place."
         )
     with files.full_disk():
+        older = _older(home)
         _forget_unfinished(home)
         made = _copied(contents, home)
         aside = home / f"{ASIDE}{now:%Y%m%dT%H%M%S}" if _occupied(home) else None
-        _record(made / DATABASE, [(contents.folder, contents.created), *([(aside, now)] if aside else [])])
+        _record(made / DATABASE, older, {str(contents.folder): contents.created} | ({str(aside): now} if aside else {}))
         if aside is not None:
             _move_aside(database, aside)
         reach("restore-before-swap")
@@ -125,11 +127,28 @@ def _copied(contents: Contents, home: Path) -> Path:
     return made
 
 
-def _record(database: Path, places: list[tuple[Path, datetime]]) -> None:
-    """Note where older copies lie, so that whoever is forgotten learns of them."""
+def _older(home: Path) -> set[tuple[str, datetime]]:
+    """Where older copies lie, as the database that goes knows it, and that of a restore that was cut short."""
+    found: set[tuple[str, datetime]] = set()
+    for database in (home / DATABASE, *home.glob(f"{UNFINISHED}*/{DATABASE}")):
+        if database.exists():
+            with contextlib.suppress(Exception), database_file.alone(database) as connection:  # it may be damaged
+                found.update(_recorded(connection))
+    return found
+
+
+def _recorded(connection: sa.Connection) -> Iterator[tuple[str, datetime]]:
+    for row in connection.execute(sa.select(backups.c.path, backups.c.created)):
+        yield row.path, row.created
+
+
+def _record(database: Path, older: set[tuple[str, datetime]], places: dict[str, datetime]) -> None:
+    """Note where older copies lie, so that whoever is forgotten learns of them: each once."""
     with database_file.alone(database) as connection:
-        known = set(connection.execute(sa.select(backups.c.path)).scalars())
-        rows = [{"path": str(place), "created": created} for place, created in places if str(place) not in known]
+        known = set(_recorded(connection))
+        named = {path for path, _ in known | older}
+        new = {(path, created) for path, created in places.items() if path not in named} | (older - known)
+        rows = [{"path": path, "created": created} for path, created in sorted(new, key=lambda one: one[1])]
         if rows:
             connection.execute(sa.insert(backups), rows)
     files.sync(database)

@@ -1,4 +1,7 @@
-"""Programs that a test needs and a machine may lack: its test is skipped by name, but fails where CI promised them."""
+"""Programs that a test needs and a machine may lack: its test is skipped by name, but fails where CI promised them.
+
+What CI cannot install, such as a GPU or user namespaces, is skipped by name everywhere.
+"""
 
 import os
 import shutil

@@ -56,18 +56,26 @@ def fingerprint(request: TrainRequest, base: str) -> str:
 
 
 def write(folder: Path, state: State) -> Iterator[str]:
-    """Put `state` in the place of what was there, in pieces of a few milliseconds; each names what is done."""
+    """Put `state` in the place of what was there, in pieces of a few milliseconds; each names what is done.
+
+    Raises OSError, and leaves no part of it then.
+    """
     header = {**asdict(state.header), "sha256": _sha256(state.tensors)}
     content = save(state.tensors, metadata={"persona": json.dumps(header)})
     part = folder / _PART
     yield "made"
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        yield "written"
-        os.fsync(file.fileno())
-    yield "synced"
-    part.replace(folder / FILE)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            yield "written"
+            os.fsync(file.fileno())
+        yield "synced"
+        part.replace(folder / FILE)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
     yield "replaced"
 
 

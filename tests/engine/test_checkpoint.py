@@ -1,5 +1,6 @@
 """A training that was stopped goes on to the very bytes of one that never was, or begins anew; nothing lies between."""
 
+import errno
 import math
 import os
 import subprocess
@@ -205,6 +206,21 @@ def test_a_disk_that_takes_nothing_more_costs_the_state_and_not_the_run(models: 
     made = request(tmp_path / "stopped")
     Path(made.checkpoint, KEPT).mkdir()  # nothing can take its place
     assert steps(models, made)[-1].done
+    assert [path.name for path in Path(made.checkpoint).iterdir()] == [KEPT], "half a state would fill it further"
+
+
+def test_a_disk_that_fills_up_while_a_state_is_written_gets_its_space_back(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    made = request(tmp_path / "stopped")
+    monkeypatch.setattr(os, "fsync", full)
+    slices = trainer(models, made).slices()
+    while (progress := next(slices)) is None or progress.step < 3:
+        pass
+    assert list(Path(made.checkpoint).iterdir()) == []
 
 
 @pytest.mark.parametrize("stage", STAGES)

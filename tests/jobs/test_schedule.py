@@ -3,17 +3,19 @@
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from histories import learning
-from world import Tell, World
+from world import Tell, World, improving
 
 from jobs import schedule as schedules
 from jobs.schedule import Schedule
 from persona.domain import EntryId, Run, RunState, User
 from persona.engine.protocol import Progress, TrainRequest
 from persona.engine.scripted import ScriptedEngine
-from persona.errors import Busy, EngineDown, NotFound
+from persona.errors import Busy, EngineDown, NotFound, StorageFull
+from storage.runs import Runs
 
 # One message has 16 tokens: 320 tokens are 20 messages, 20 tokens two.
 RULES = {"min_new_tokens": 320, "max_age_hours": 24, "min_aged_tokens": 20}
@@ -333,6 +335,50 @@ async def test_a_user_forgotten_under_a_run_does_not_stop_the_queue(world: World
     second = await world.runs.request(bob.id, world.clock())
     schedule.wake()
     assert (await ended(schedule, second)).state is RunState.KEPT
+    await schedule.stop()
+
+
+class Full(Runs):
+    """Runs on a disk that takes nothing more from the end of a run on, until there is space again."""
+
+    def __init__(self, runs: Runs) -> None:
+        super().__init__(runs._db)
+        self.space = 0  # tries until then
+        self.reasons: list[str] = []
+
+    def _try(self) -> None:
+        if self.space > 0:
+            self.space -= 1
+            raise StorageFull("The disk is full: nothing was written.")
+
+    async def requeue(self, run_id: int, reason: str, *, hard: bool = False) -> Run:
+        self._try()
+        assert not hard, "the service did not stop"
+        self.reasons.append(reason)
+        return await super().requeue(run_id, reason, hard=hard)
+
+    async def end(self, *args: Any, **named: Any) -> Run:
+        self._try()
+        return await super().end(*args, **named)
+
+
+@pytest.mark.parametrize("state", [RunState.KEPT, RunState.REJECTED])
+@pytest.mark.parametrize("space", [1, 4])
+async def test_threat_23_a_run_that_ends_on_a_full_disk_is_put_right_once_there_is_space(
+    world: World, ann: User, tell: Tell, monkeypatch: pytest.MonkeyPatch, state: RunState, space: int
+) -> None:
+    monkeypatch.setattr(schedules, "PAUSE_SECONDS", 0.01)
+    world.engine = ScriptedEngine(score=improving if state is RunState.KEPT else lambda r: [-2.0] * len(r.targets))
+    world.runs = full = Full(world.runs)
+    await tell(40)
+    schedule = await started(world)
+    run = await world.runs.request(ann.id, world.clock())
+    full.space = space
+    schedule.wake()
+    run = await ended(schedule, run)
+    assert (run.state, full.space, "hard_stops" in run.metrics) == (state, 0, False)
+    assert "stopped" not in f"{run.reason} {full.reasons}"
+    assert len(full.reasons) == (state is RunState.REJECTED), "what serves is not trained again"
     await schedule.stop()
 
 

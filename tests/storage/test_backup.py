@@ -266,6 +266,48 @@ async def test_threat_32_a_receipt_after_a_restore_names_the_backup_and_what_was
     await db.close()
 
 
+async def on_record(home: Path) -> list[str]:
+    """The folders that ann's receipt names, by their last name."""
+    db = await Database.open(home / "persona.db")
+    user = await Users(db).get("ann")
+    receipt = await Users(db).forget(user.id)
+    await db.close()
+    return sorted(Path(entry["path"]).name.split("-2")[0] for entry in receipt["backups"])
+
+
+@pytest.fixture
+async def monday_again(db, root, users, ann, target, now) -> Path:
+    """A state folder with backups of Monday and Tuesday, after Monday's was restored into it."""
+    days = iter([ann.created + timedelta(days=1), ann.created + timedelta(days=2)])
+    for day in ("monday", "tuesday"):
+        at = next(days)
+        await Backups(db, Adapters(db, root), lambda at=at: at).make(target.with_name(day))
+    await db.close()
+    back(target.with_name("monday"), db.path.parent, ann.created + timedelta(days=3), replace=True)
+    return db.path.parent
+
+
+async def test_threat_32_a_restore_does_not_lose_sight_of_backups_made_after_the_restored_one(monday_again):
+    assert await on_record(monday_again) == ["before-restore", "monday", "tuesday"]
+
+
+async def test_threat_32_the_next_restore_keeps_on_record_what_the_last_one_moved_aside(monday_again, ann, target):
+    back(target.with_name("tuesday"), monday_again, ann.created + timedelta(days=4), replace=True)
+    assert await on_record(monday_again) == ["before-restore", "before-restore", "monday", "tuesday"]
+
+
+async def test_threat_32_a_restore_that_was_killed_loses_nothing_of_that_either(monday_again, ann, target):
+    assert killed("restore_me.py", target.with_name("monday"), monday_again, failpoint="restore-before-swap") == KILLED
+    back(target.with_name("monday"), monday_again, ann.created + timedelta(days=5), replace=True)
+    assert await on_record(monday_again) == ["before-restore", "before-restore", "monday", "tuesday"]
+
+
+async def test_threat_24_a_database_that_cannot_be_read_is_replaced_all_the_same(monday_again, ann, target):
+    (monday_again / "persona.db").write_bytes(b"no database" * 1000)
+    back(target.with_name("monday"), monday_again, ann.created + timedelta(days=4), replace=True)
+    assert await on_record(monday_again) == ["before-restore", "monday"]
+
+
 @pytest.mark.parametrize("failpoint", ["backup-after-database", "backup-before-rename"])
 async def test_threat_07_what_a_kill_leaves_of_a_backup_is_named_in_a_receipt_and_removed_at_the_start(
     db, root, ann, users, made, target, failpoint

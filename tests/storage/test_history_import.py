@@ -30,6 +30,15 @@ async def test_importing_twice_stores_once(history, ann, now, size):
     assert [entry.text for entry in await history.page(ann.id, limit=5000)] == [item.text for item in items]
 
 
+async def test_each_item_of_a_large_import_is_found_by_its_own_words(history, ann, bob, now):
+    for user in (bob, ann):
+        items = [ImportItem(f"{user.name} keeps crate{at} here", now, f"id-{at}") for at in range(501)]
+        await history.import_(user.id, items, count=len, now=now)
+    for at in (0, 1, 250, 499, 500):
+        (found,) = await history.search(ann.id, f"crate{at}", limit=2)
+        assert found.text == f"ann keeps crate{at} here"
+
+
 async def test_without_an_id_time_and_text_name_an_item(history, ann, now):
     later = now - timedelta(seconds=1)
     items = [ImportItem("yes", now), ImportItem("yes", now), ImportItem("yes", later), ImportItem("no", now)]
