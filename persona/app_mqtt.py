@@ -45,9 +45,7 @@ async def running(services: Services) -> AsyncIterator[tuple[Mqtt, Account | Non
 
 def _mqtt(services: Services, settings: Settings, password: str | None) -> Mqtt:
     topics = Topics(settings.mqtt)
-    talk = Talk(
-        settings, services.users, services.chat, topics, services.base, services.clock, services.metrics.reply
-    )
+    talk = Talk(settings, services.users, services.chat, topics, services.base, services.clock, services.metrics.reply)
     house = House(settings.model.name, services.base, lambda: _troubles(services, mqtt))
     stored = (services.database, services.events)
     presence = Presence(settings.mqtt, topics, *stored, services.intake, house, services.clock)

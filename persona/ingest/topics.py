@@ -1,12 +1,12 @@
 """Which topic means what. Pure.
 
-    PREFIX/u/USER/events/KIND   in   one event of a user
-    PREFIX/u/USER/chat/set      in   a chat request → PREFIX/u/USER/chat, or below it
-    PREFIX/u/USER/train/set     in   train now
-    PREFIX/u/USER/state         out  retained: how the user's model is
-    PREFIX/u/USER/received/SRC  out  retained: which numbered events of that source are on our disk
-    PREFIX/svc/status           out  retained: online or offline (birth and will)
-    PREFIX/svc/state            out  retained: how the service is
+PREFIX/u/USER/events/KIND   in   one event of a user
+PREFIX/u/USER/chat/set      in   a chat request → PREFIX/u/USER/chat, or below it
+PREFIX/u/USER/train/set     in   train now
+PREFIX/u/USER/state         out  retained: how the user's model is
+PREFIX/u/USER/received/SRC  out  retained: which numbered events of that source are on our disk
+PREFIX/svc/status           out  retained: online or offline (birth and will)
+PREFIX/svc/state            out  retained: how the service is
 """
 
 from dataclasses import dataclass

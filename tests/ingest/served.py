@@ -100,7 +100,6 @@ class Served:
             while self.count(query) < wanted:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
 
-
     async def settled(self) -> None:
         """Wait until there is a broker and nothing has arrived for a second: it delivers in order."""
         async with asyncio.timeout(60):

@@ -104,9 +104,7 @@ async def test_threat_21_the_same_event_twice_has_the_effect_of_one(begin: Start
     assert [text for _, text in await live.history()] == ["one", "two", "three", "three"]
 
 
-async def test_threat_22_a_retained_replay_is_counted_and_is_no_news(
-    start: Start, broker: Mosquitto
-) -> None:
+async def test_threat_22_a_retained_replay_is_counted_and_is_no_news(start: Start, broker: Mosquitto) -> None:
     await tell(broker, {"text": "said long ago"}, retain=True)
     live = await start(mqtt=broker.settings())
     await live.key("ann")
