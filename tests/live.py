@@ -1,5 +1,6 @@
 """A running service, and the ways in which tests talk to it."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -107,3 +108,12 @@ class Live:
 
 
 Start = Callable[..., Awaitable[Live]]
+
+
+async def connected(live: Live) -> Live:
+    """The service, once it has its broker."""
+    assert live.house.mqtt is not None
+    async with asyncio.timeout(20):
+        while not live.house.mqtt.connected:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return live

@@ -1,13 +1,12 @@
 """A real broker for each test, and the service connected to it."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from broker import Mosquitto, mosquitto
-from live import Live, Start
+from live import Live, Start, connected
 from served import Served
 
 from persona.engine.scripted import ScriptedEngine
@@ -25,15 +24,6 @@ async def served(tmp_path: Path, broker: Mosquitto) -> AsyncIterator[Served]:
     service = Served(tmp_path, broker)
     yield service
     await service.kill()
-
-
-async def connected(live: Live) -> Live:
-    """The service, once it has its broker."""
-    assert live.house.mqtt is not None
-    async with asyncio.timeout(20):
-        while not live.house.mqtt.connected:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-    return live
 
 
 @pytest.fixture

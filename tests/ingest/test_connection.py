@@ -11,8 +11,7 @@ import aiomqtt
 import pytest
 import trustme
 from broker import PASSWORD, Mosquitto, free_port, mosquitto
-from conftest import connected
-from live import Live, Start
+from live import Live, Start, connected
 
 from persona.errors import ConfigurationError
 from persona.ingest import connection

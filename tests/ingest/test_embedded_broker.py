@@ -6,8 +6,7 @@ import socket
 
 import aiomqtt
 import pytest
-from conftest import connected
-from live import Live, Start
+from live import Live, Start, connected
 
 from persona.cli_serve import welcome
 from persona.errors import ConfigurationError
