@@ -81,6 +81,7 @@ class Mqtt:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        await self._talk.drain(0)  # without a connection nobody waited for them
 
     @property
     def connected(self) -> bool:
