@@ -55,7 +55,6 @@ class Mqtt:
         self._settings, self._topics, self._intake = settings, topics, intake
         self._talk, self._presence, self._train = talk, presence, train
         self._password, self._random = password, random
-        self._session: Session | None = None
         self._dropped: Counter[str] = Counter()  # messages of QoS 0 that found no room, by user
         self._patience = settings.http.shutdown_seconds
         self._connection: Connection | None = None
@@ -68,8 +67,8 @@ class Mqtt:
     async def start(self) -> None:
         """Begin to connect; a broker that is away is waited for. Raises ConfigurationError."""
         links.check(self._settings.mqtt)
-        self._session = await asyncio.to_thread(Session.load, self._settings.mqtt_client, self._topics.prefix)
-        self._task = asyncio.create_task(self._keep(self._session), name="mqtt")
+        session = await asyncio.to_thread(Session.load, self._settings.mqtt_client, self._topics.prefix)
+        self._task = asyncio.create_task(self._keep(session), name="mqtt")
 
     async def stop(self) -> None:
         """Store what has arrived, let chats end within http.shutdown_seconds, say goodbye."""
