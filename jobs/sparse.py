@@ -70,6 +70,11 @@ class SparseAdapter:
         for factor in self.factors.values():
             factor.b.view(-1)[factor.where] = self.values[factor.span]
 
+    def scaled(self, layer: int, target: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What a projection adds: A [in, rank] and B [rank, out] with its scale; None where nothing trains."""
+        factor = self.factors.get((layer, target))
+        return None if factor is None else (factor.a, (factor.b * self.scale).to(factor.a.dtype))
+
     @torch.no_grad()
     def norm(self) -> float:
         """‖scale · B‖_F / √out over all factors: about ‖update‖ per output row, as A's rows have norm 1."""

@@ -1,9 +1,13 @@
 """Training as a generator of slices: between two of them the engine serves.
 
-The base is the one that serves, never changed, written out one layer at a time. Only the activations at layer borders
-are kept; the backward pass recomputes one layer at a time. A slice is one layer over one pack of examples, or the
-head over one chunk of targets. Each slice enters and leaves its own grad scope. Whoever stops a training loses at most
-an optimizer step: its state is kept there, and the same request goes on from it to the same result, bit for bit.
+The base is the one that serves, never changed, written out one layer at a time. A slice is one layer over one pack of
+examples, or the head over one chunk of targets. Each slice enters and leaves its own grad scope. Whoever stops a
+training loses at most an optimizer step: its state is kept there, and the same request goes on from it to the same
+result, bit for bit.
+
+Most of an example is context, which the model reads and never learns to say. Gradients flow through the rows that
+predict a target and stop where the context's activations begin, so that the backward pass, which recomputes one layer
+at a time, is as long as the user's own words. Beginnings that the examples of a pack share are computed once.
 """
 
 import math
@@ -20,23 +24,25 @@ from jobs.checkpoint import SHARE, Checkpoint
 from jobs.sparse import SparseAdapter
 from persona.engine import checkpoint_file, protocol
 from persona.engine.adapter_file import Adapter, Array
+from persona.engine.branches import HEAD_ROWS, ROUND, Branches, Factors, attended
 from persona.engine.checkpoint_file import Header, State
 from persona.engine.decoder import Decoder
+from persona.engine.forest import Forest, packed
 from persona.engine.protocol import Example, Plan, Progress, TrainRequest
 from persona.engine.weights import Projection
 from persona.errors import TrainingFailed
 
-HEAD_ROWS = 64  # targets whose logits are in memory at once
 MAX_SKIPPED = 3  # optimizer steps with a non-finite gradient before the run is given up
-ROUND = 64  # tokens to which a pack is filled up
 EXPLODED = 3.0  # times the first step's loss
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Examples side by side in one forward: they share the base's products and do not see each other."""
+    """Examples side by side in one forward: they share the base's products and see of each other what is common."""
 
     examples: tuple[Example, ...]
+    forest: Forest
+    paths: tuple[list[int], ...]  # the nodes of each example
 
     @property
     def tokens(self) -> int:
@@ -48,28 +54,28 @@ class Pack:
 
 
 def packs(examples: list[Example], size: int) -> list[Pack]:
-    """Fill packs of at most `size` tokens in order; a longer example stands alone."""
-    made: list[list[Example]] = []
+    """Fill packs of at most `size` nodes in order; a longer example stands alone."""
+    # What stands behind the last target is not looked at, and that target is only predicted.
+    made = packed([e.tokens[: max(e.targets)] for e in examples], size)
+    return [
+        Pack(tuple(examples[i] for i, _ in members), forest, tuple(path for _, path in members))
+        for forest, members in made
+    ]
+
+
+def batches(examples: list[Example], plan: Plan) -> list[list[Pack]]:
+    """One pass in its order: optimizer steps of at most `plan.batch_tokens` targets each, in packs."""
+    steps: list[list[Example]] = []
     room = 0
     for example in examples:
         if not example.targets:
             continue
-        if len(example.tokens) > room:
-            made.append([])
-            room = size
-        made[-1].append(example)
-        room -= len(example.tokens)
-    return [Pack(tuple(members)) for members in made]
-
-
-def batches(examples: list[Example], plan: Plan) -> list[list[Pack]]:
-    """Packs of one pass, grouped into optimizer steps of about `plan.batch_tokens` tokens."""
-    made: list[list[Pack]] = [[]]
-    for pack in packs(examples, plan.slice_tokens):
-        if made[-1] and sum(p.tokens for p in made[-1]) + pack.tokens > plan.batch_tokens:
-            made.append([])
-        made[-1].append(pack)
-    return [batch for batch in made if batch]
+        if len(example.targets) > room:
+            steps.append([])
+            room = plan.batch_tokens
+        steps[-1].append(example)
+        room -= len(example.targets)
+    return [packs(step, plan.slice_tokens) for step in steps]
 
 
 def _check(examples: list[Example], vocab: int) -> None:
@@ -178,33 +184,36 @@ class Trainer:
 
     def _pack(self, pack: Pack, weight: float) -> Generator[None, None, float]:
         """Forward, head and backward of one pack. Returns its share of the batch's mean loss."""
-        decoder = self._decoder
-        run = _Forward(decoder, self._adapter, pack)
-        first = self._adapter.header.first
+        decoder, first = self._decoder, self._adapter.header.first
+        run = _Forward(decoder, pack.forest, self._adapter.scaled)
+        own = _Own(decoder, run, pack, self._adapter.scaled)
         borders: list[torch.Tensor] = []
         with torch.no_grad():
             h = decoder.embedded(run.tokens)
         for layer in range(decoder.shape.layers):
             if layer >= first:
-                borders.append(h)
+                borders.append(h[own.rows])
             with torch.no_grad():
                 h = decoder.layer(layer, h, run)
+            if layer < first:
+                run.kept.clear()
             yield
-        loss, gradient = yield from self._head(h, pack, weight, run)
+        loss, gradient = yield from self._head(h[own.rows], pack, weight, own)
         for layer in range(decoder.shape.layers - 1, first - 1, -1):
             with torch.enable_grad():
                 border = borders.pop().requires_grad_()
-                decoder.layer(layer, border, run).backward(gradient)  # type: ignore[no-untyped-call]
+                decoder.layer(layer, border, own).backward(gradient)  # type: ignore[no-untyped-call]
+            run.kept.pop(layer)
             assert border.grad is not None
             gradient = border.grad
             yield
         return loss
 
     def _head(
-        self, h: torch.Tensor, pack: Pack, weight: float, run: "_Forward"
+        self, h: torch.Tensor, pack: Pack, weight: float, own: "_Own"
     ) -> Generator[None, None, tuple[float, torch.Tensor]]:
         """Weighted loss over the targets and its gradient for h, a chunk of targets a slice."""
-        rows, wanted, weights = run.targets(pack)
+        rows, wanted, weights = own.targets(pack)
         gradient = torch.zeros_like(h)
         loss = 0.0
         for start in range(0, len(rows), HEAD_ROWS):
@@ -267,41 +276,54 @@ class _AdamW:
         )
 
 
-class _Forward:
-    """One pack's pass through the decoder: implements decoder.Pass, with gradients for B where they are enabled."""
+class _Forward(Branches):
+    """A pack's pass without gradients; keeps what each layer's keys and values are made of."""
 
-    def __init__(self, decoder: Decoder, adapter: SparseAdapter, pack: Pack) -> None:
-        device = decoder.device
-        spare = -pack.tokens % ROUND  # few numbers of rows: oneDNN compiles a kernel for each
-        positions = [position for e in pack.examples for position in range(len(e.tokens))] + [0] * spare
-        owner = torch.tensor([i for i, e in enumerate(pack.examples) for _ in e.tokens] + [-1] * spare, device=device)
-        place = torch.tensor(positions, device=device)
-        tokens = [token for e in pack.examples for token in e.tokens] + [0] * spare
-        self.tokens = torch.tensor(tokens, device=device)
-        self.rotary = decoder.rotary(place)
-        self._mask = (owner[:, None] == owner) & (place[:, None] >= place)
-        self._adapter, self._device = adapter, device
-
-    def targets(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows whose prediction is trained, the tokens wanted there, their weights."""
-        rows, weights, start = [], [], 0
-        for example in pack.examples:
-            rows += [start + target - 1 for target in example.targets]
-            weights += [example.weight] * len(example.targets)
-            start += len(example.tokens)
-        places = torch.tensor(rows, device=self._device)
-        return places, self.tokens[places + 1], torch.tensor(weights, device=self._device)
+    def __init__(self, decoder: Decoder, forest: Forest, factors: Factors) -> None:
+        super().__init__(decoder, forest, factors)
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # qkv [rows, out] and x · A [rows, rank]
 
     def project(self, layer: int, target: str, base: Projection, x: torch.Tensor) -> torch.Tensor:
-        y = x @ base.dense(x.dtype)
-        if base.bias is not None:
-            y = y + base.bias.to(y.dtype)
-        factor = self._adapter.factors.get((layer, target))
-        if factor is None:
-            return y
-        return y + (x @ factor.a) @ (factor.b * self._adapter.scale).to(x.dtype)
+        y = super().project(layer, target, base, x)
+        if target == "qkv":
+            found = self._factors(layer, target)
+            self.kept[layer] = y, None if found is None else x @ found[0]
+        return y
+
+
+class _Own(Branches):
+    """The rows of a pack that predict a target, with gradients, over all that a forward before has kept.
+
+    What the context heard is a constant; what a layer's adapter makes of it in keys and values is not.
+    """
+
+    def __init__(self, decoder: Decoder, before: _Forward, pack: Pack, factors: Factors) -> None:
+        nodes = sorted({path[t - 1] for e, path in zip(pack.examples, pack.paths, strict=True) for t in e.targets})
+        self._place = {node: place for place, node in enumerate(nodes)}
+        spare = [len(pack.forest)] * (-len(nodes) % ROUND)  # a spare row, again and again
+        self.rows = torch.tensor(nodes + spare, device=decoder.device)
+        cos, sin = before.rotary
+        self.rotary, self.mask = (cos[self.rows], sin[self.rows]), before.mask[self.rows]
+        self._decoder, self._before, self._factors = decoder, before, factors
+
+    def targets(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Places among `rows` whose prediction is trained, the tokens wanted there, their weights."""
+        places, wanted, weights = [], [], []
+        for example, path in zip(pack.examples, pack.paths, strict=True):
+            places += [self._place[path[target - 1]] for target in example.targets]
+            wanted += [example.tokens[target] for target in example.targets]
+            weights += [example.weight] * len(example.targets)
+        device = self.rows.device
+        return (
+            torch.tensor(places, device=device),
+            torch.tensor(wanted, device=device),
+            torch.tensor(weights, device=device),
+        )
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [heads, tokens, dim]
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=self._mask, enable_gqa=True)
-        return out.squeeze(0).transpose(0, 1).reshape(q.shape[1], -1)
+        projected, inner = self._before.kept[layer]
+        found = self._factors(layer, "qkv")
+        if found is not None and inner is not None:
+            projected = projected + inner @ (found[1] - found[1].detach())  # adds nothing but a gradient
+        _, keys, values = self._decoder.heads(layer, projected, self._before.rotary)
+        return attended(q, keys.index_copy(0, self.rows, k), values.index_copy(0, self.rows, v), self.mask)

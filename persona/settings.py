@@ -115,7 +115,7 @@ class Learning(Section):
     density: float = Field(0.09, gt=0, le=1, description="share of B that trains and is stored")
     passes: int = Field(2, ge=1, description="times the examples are seen in one run")
     learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
-    batch_tokens: int = Field(1024, ge=64, description="tokens per optimizer step")
+    batch_tokens: int = Field(160, ge=16, description="own tokens per optimizer step")
     slice_tokens: int = Field(256, ge=16, description="tokens per training slice: bounds the gap in serving")
     keep_probability: float = Field(0.8, ge=0.5, le=1, description="P(better) at which the gate keeps a version")
     max_drift: float = Field(0.01, ge=0, description="relative loss increase on the reference set that the gate allows")

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from itertools import count
 from typing import Any, Literal
 
@@ -101,6 +101,11 @@ class LocalEngine:
     async def score(self, request: ScoreRequest) -> list[float]:
         answer = await self._one(lambda job: protocol.Score(job, request))
         assert isinstance(answer, Scores)
+        return answer.logprobs
+
+    async def score_all(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        answer = await self._one(lambda job: protocol.ScoreAll(job, list(requests)))
+        assert isinstance(answer, protocol.AllScores)
         return answer.logprobs
 
     async def health(self) -> Health:

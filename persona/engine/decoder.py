@@ -72,20 +72,28 @@ class Decoder:
 
     def layer(self, index: int, h: torch.Tensor, run: Pass) -> torch.Tensor:
         """One layer: h [tokens, hidden] fp32 → the same."""
-        layer, shape = self.layers[index], self.shape
+        layer = self.layers[index]
         weight = layer.projections
 
         x = self._normed(h, layer.attn_norm)
-        heads = run.project(index, "qkv", weight["qkv"], x).view(len(h), -1, shape.head_dim)
-        q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], 1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._normed(q.float(), layer.q_norm), self._normed(k.float(), layer.k_norm)
-        attended = run.attend(index, rotate(q, *run.rotary), rotate(k, *run.rotary), v)
+        q, k, v = self.heads(index, run.project(index, "qkv", weight["qkv"], x), run.rotary)
+        attended = run.attend(index, q, k, v)
         h = h + run.project(index, "o", weight["o"], attended)
 
         x = self._normed(h, layer.mlp_norm)
         gate, up = run.project(index, "gate_up", weight["gate_up"], x).chunk(2, -1)
         return h + run.project(index, "down", weight["down"], F.silu(gate) * up)
+
+    def heads(
+        self, index: int, projected: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What attention sees of a layer's qkv projection [tokens, out]: q, k and v [tokens, heads, dim]."""
+        layer, shape = self.layers[index], self.shape
+        heads = projected.view(len(projected), -1, shape.head_dim)
+        q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], 1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._normed(q.float(), layer.q_norm), self._normed(k.float(), layer.k_norm)
+        return rotate(q, *rotary), rotate(k, *rotary), v
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """h: [rows, hidden] → [rows, vocab], fp32."""

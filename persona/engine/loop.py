@@ -6,7 +6,8 @@ Nothing here blocks, and nothing that fails in one request or in training reache
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,9 @@ from persona.errors import Busy, PersonaError, RequestError, StorageFull, TooLar
 SHARE = 0.09  # of busy time that training may take (PEERS' M8 allows gaps to grow by a tenth)
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
+# Scores in slices: one item each, one list per (tokens, targets, adapter) at the end.
+Wanted = list[tuple[list[int], list[int], Resident | None]]
+ScoreSlices = Callable[[Wanted], Generator[None, None, list[list[float]]]]
 log = structlog.get_logger("engine")
 
 
@@ -67,6 +71,7 @@ class EngineLoop:
         tiers: Tiers,
         text: Text,
         train: Train,
+        score: ScoreSlices,
         about: Base,
         eos: frozenset[int],
         send: Callable[[Reply], None],
@@ -75,6 +80,8 @@ class EngineLoop:
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
         self._jobs: dict[int, _Generation | _Scoring] = {}
         self._training: tuple[int, Iterator[Progress | None]] | None = None
+        self._score_slices = score
+        self._scorings: deque[tuple[int, Generator[None, None, list[list[float]]]]] = deque()  # before any training
         self._paused = False
         self._steps = self._slices = self._tokens = 0
         self._credit = 0.0  # seconds of slices that serving has earned for training; below zero after a long one
@@ -82,7 +89,7 @@ class EngineLoop:
     @property
     def idle(self) -> bool:
         """Nothing to do until the next message."""
-        return self._scheduler.idle and (self._training is None or self._paused)
+        return self._scheduler.idle and not self._sliced
 
     def handle(self, request: Request) -> None:
         """Take one request in; answers go to `send`, now or later."""
@@ -104,10 +111,15 @@ class EngineLoop:
             started = time.perf_counter()
             self._step(plan)
             self._credit = min(0.0, self._credit + SHARE * (time.perf_counter() - started))
-        if self._training and not self._paused and (not plan or self._credit >= 0):
+        if self._sliced and (not plan or self._credit >= 0):
             started = time.perf_counter()
-            self._slice(*self._training)
+            self._slice()
             self._credit -= (time.perf_counter() - started) * bool(plan)
+
+    @property
+    def _sliced(self) -> bool:
+        """Whether there is work in slices: scoring of many sequences, or training that is not paused."""
+        return bool(self._scorings) or (self._training is not None and not self._paused)
 
     def check(self) -> None:
         """Assert that no page leaked."""
@@ -121,6 +133,8 @@ class EngineLoop:
                 self._generate(request.id, request.request)
             case protocol.Score():
                 self._score(request.id, request.request)
+            case protocol.ScoreAll():
+                self._score_all(request.id, request.requests)
             case protocol.Abort():
                 self._abort(request.id)
             case protocol.Stage():
@@ -159,13 +173,25 @@ class EngineLoop:
         if not request.targets:
             self._send(Scores(job, []))
             return
-        wanted = sorted(set(request.targets))
-        if request.targets != wanted or wanted[0] < 1 or wanted[-1] >= len(request.tokens):
-            raise RequestError("Targets to score must ascend and lie inside the tokens, after the first.")
+        _check_targets(request)
         sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
         sequence.targets, sequence.background = tuple(request.targets), True
         self._jobs[job] = _Scoring(sequence, self._resident(request.adapter), [])
         self._scheduler.add(sequence)
+
+    def _score_all(self, job: int, requests: list[protocol.ScoreRequest]) -> None:
+        wanted: Wanted = []
+        for request in requests:
+            if not request.targets:
+                continue
+            _check_targets(request)
+            self._sequence(job, request.tokens, len(request.tokens), request.adapter)  # refuses what is too long
+            wanted.append((request.tokens, request.targets, self._resident(request.adapter)))
+        self._scorings.append((job, self._all_scores([bool(r.targets) for r in requests], wanted)))
+
+    def _all_scores(self, asked: list[bool], wanted: Wanted) -> Generator[None, None, list[list[float]]]:
+        found = iter((yield from self._score_slices(wanted)))
+        return [next(found) if some else [] for some in asked]
 
     def _sequence(self, job: int, tokens: list[int], limit: int, adapter: AdapterRef | None) -> Sequence:
         about = self._about()
@@ -187,6 +213,9 @@ class EngineLoop:
     def _abort(self, job: int) -> None:
         if job in self._jobs:
             self._finish(job, "abort")
+        elif mine := [scoring for scoring in self._scorings if scoring[0] == job]:
+            self._scorings.remove(mine[0])
+            self._fail(job, Busy("The scoring was aborted."))
         elif self._training and self._training[0] == job:
             self._end_training()
             self._fail(job, TrainingFailed("The training was abandoned."))
@@ -287,8 +316,25 @@ class EngineLoop:
 
     # --- slices
 
-    def _slice(self, job: int, slices: Iterator[Progress | None]) -> None:
+    def _slice(self) -> None:
         self._slices += 1
+        if self._scorings:
+            self._score_slice(*self._scorings[0])
+        elif self._training:
+            self._train_slice(*self._training)
+
+    def _score_slice(self, job: int, slices: Generator[None, None, list[list[float]]]) -> None:
+        try:
+            next(slices)
+        except StopIteration as ended:
+            self._scorings.popleft()
+            self._send(protocol.AllScores(job, ended.value))
+        except (RuntimeError, MemoryError) as error:
+            self._scorings.popleft()
+            log.error("scoring failed", kind=type(error).__name__)
+            self._fail(job, Busy("There is no memory to score this now; try again later.", retry_after=30))
+
+    def _train_slice(self, job: int, slices: Iterator[Progress | None]) -> None:
         try:
             progress = next(slices)
         except PersonaError as error:
@@ -313,6 +359,13 @@ class EngineLoop:
             if close is not None:
                 close()
         self._training = None
+
+
+def _check_targets(request: protocol.ScoreRequest) -> None:
+    """Raise RequestError unless targets ascend and have a token before them."""
+    wanted = sorted(set(request.targets))
+    if request.targets != wanted or wanted[0] < 1 or wanted[-1] >= len(request.tokens):
+        raise RequestError("Targets to score must ascend and lie inside the tokens, after the first.")
 
 
 def _cause(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from jobs.trainer import Trainer
-from persona.engine import adapter_file, decoder, lora, protocol, weights
+from persona.engine import adapter_file, branches, decoder, lora, protocol, weights
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
 from persona.engine.device import Form
@@ -83,6 +83,7 @@ def build(options: Options, send: "Outbox") -> EngineLoop:
         tiers=tiers,
         text=Text.load(folder),
         train=train,
+        score=lambda wanted: branches.scores(base, wanted, options.prefill_tokens),
         about=lambda: protocol.replace(health, memory=_memory_used(base.device)),
         eos=frozenset(base.shape.eos),
         send=send,

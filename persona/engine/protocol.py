@@ -74,7 +74,7 @@ class Plan(msgspec.Struct, frozen=True):
     density: float = 0.1  # share of B's entries that train
     seed: int = 0  # of the frozen A and of B's mask
     passes: int = 2
-    batch_tokens: int = 1024  # tokens per optimizer step
+    batch_tokens: int = 160  # targets per optimizer step
     slice_tokens: int = 256  # tokens per slice: bounds the time between two serving steps
     learning_rate: float = 2e-3
     warmup: float = 0.1  # share of the steps
@@ -146,6 +146,10 @@ class Score(Call, tag="score", frozen=True):
     request: ScoreRequest
 
 
+class ScoreAll(Call, tag="score_all", frozen=True):
+    requests: list[ScoreRequest]
+
+
 class Abort(Call, tag="abort", frozen=True):
     """Ends the generation, score or training `id`; it is answered with its last message."""
 
@@ -178,7 +182,7 @@ class Ping(Call, tag="ping", frozen=True):
     pass
 
 
-Request = Generate | Score | Abort | Stage | Flip | Drop | Train | Pause | Resume | Ping
+Request = Generate | Score | ScoreAll | Abort | Stage | Flip | Drop | Train | Pause | Resume | Ping
 
 
 # Answers: engine → service.
@@ -196,6 +200,10 @@ class Piece(Answer, tag="piece", frozen=True):
 
 class Scores(Answer, tag="scores", frozen=True):
     logprobs: list[float]
+
+
+class AllScores(Answer, tag="all_scores", frozen=True):
+    logprobs: list[list[float]]  # one list per request, in their order
 
 
 class Done(Answer, tag="done", frozen=True):
@@ -219,7 +227,7 @@ class Failed(Answer, tag="failed", frozen=True):
     retry_after: int = 0
 
 
-Reply = Piece | Scores | Done | Step | Pong | Failed
+Reply = Piece | Scores | AllScores | Done | Step | Pong | Failed
 
 replace = msgspec.structs.replace
 _encoder = msgspec.msgpack.Encoder()

@@ -91,6 +91,9 @@ class ScriptedEngine:
         await asyncio.sleep(0)
         return self._score(request) if self._score else [-1.0] * len(request.targets)
 
+    async def score_all(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        return [await self.score(request) for request in requests]
+
     async def health(self) -> Health:
         training = self._training
         return Health(BASE, model="scripted", device="none", weights="none", context=8192, training=training)

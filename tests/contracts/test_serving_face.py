@@ -92,6 +92,42 @@ async def test_scores_reach_an_adapter_that_was_never_staged(house: House) -> No
     assert len(await house.engine.score(ScoreRequest(PROMPT, [1, 2], house.ref(house.user())))) == 2
 
 
+async def test_scores_of_many_come_in_their_order(house: House) -> None:
+    ref = house.ref(house.user())
+    asked = [
+        ScoreRequest(PROMPT, [1, 4]),
+        ScoreRequest(PROMPT, []),
+        ScoreRequest(PROMPT[:3], [2], ref),
+        ScoreRequest(PROMPT, [4]),
+    ]
+    found = await house.engine.score_all(asked)
+    assert [len(values) for values in found] == [2, 0, 1, 1]
+    alone = [await house.engine.score(request) for request in asked]
+    assert all(value == pytest.approx(other, abs=0.05) for value, other in zip(found, alone, strict=True))
+    assert await house.engine.score_all([]) == []
+
+
+@pytest.mark.parametrize("targets", [[0], [5], [3, 2]])
+async def test_one_bad_request_among_many_is_refused_and_none_is_scored(house: House, targets: list[int]) -> None:
+    with pytest.raises(RequestError, match="ascend"):
+        await house.engine.score_all([ScoreRequest(PROMPT, [1]), ScoreRequest(PROMPT, targets)])
+
+
+async def test_scores_of_many_on_a_missing_adapter_are_an_adapter_error(house: House) -> None:
+    missing = AdapterRef(house.user(), 1, str(house.folder / "nowhere"), "0" * 64)
+    with pytest.raises(AdapterError):
+        await house.engine.score_all([ScoreRequest(PROMPT, [1], missing)])
+
+
+async def test_leaving_a_scoring_of_many_frees_the_engine(house: House) -> None:
+    task = asyncio.create_task(house.engine.score_all([ScoreRequest(PROMPT, [1, 2])] * 200))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await reply(house))[-1].finish
+
+
 async def test_an_empty_prompt_is_refused(house: House) -> None:
     with pytest.raises(RequestError, match="empty"):
         await anext(house.engine.generate(GenerateRequest([])))

@@ -13,9 +13,10 @@ from plain import Whole, some_tokens
 from workbench import Bench, projections
 
 from jobs.sparse import SparseAdapter
-from jobs.trainer import HEAD_ROWS, Trainer, packs
+from jobs.trainer import Trainer, batches, packs
 from persona.engine import adapter_file, protocol
 from persona.engine.adapter_file import FILE
+from persona.engine.branches import HEAD_ROWS
 from persona.engine.decoder import Decoder
 from persona.engine.protocol import AdapterRef, Example, Plan, Progress, TrainRequest
 from persona.engine.shape import TARGETS
@@ -63,11 +64,13 @@ def loss_of(models: Models, examples: list[Example], start: AdapterRef | None, t
 
 
 class Autograd(Whole):
-    """The whole model with the adapter's factors, in one graph."""
+    """The whole model with the adapter's factors, in one graph that ends at the activations of the context."""
 
-    def __init__(self, decoder: Decoder, length: int, adapter: SparseAdapter) -> None:
-        super().__init__(decoder, length)
+    def __init__(self, decoder: Decoder, one: Example, adapter: SparseAdapter) -> None:
+        super().__init__(decoder, len(one.tokens))
         self.adapter = adapter
+        self.own = torch.zeros(len(one.tokens), 1)
+        self.own[[t - 1 for t in one.targets]] = 1
 
     def project(self, layer: int, target: str, base: Any, x: torch.Tensor) -> torch.Tensor:
         y = x @ base.dense(x.dtype) + (0 if base.bias is None else base.bias)
@@ -79,8 +82,9 @@ def plain_gradient(decoder: Decoder, adapter: SparseAdapter, examples: list[Exam
     total = sum(e.weight * len(e.targets) for e in examples)
     loss = torch.zeros(())
     for one in examples:
-        h, passing = decoder.embedded(torch.tensor(one.tokens)), Autograd(decoder, len(one.tokens), adapter)
+        h, passing = decoder.embedded(torch.tensor(one.tokens)), Autograd(decoder, one, adapter)
         for layer in range(decoder.shape.layers):
+            h = h * passing.own + h.detach() * (1 - passing.own)
             h = decoder.layer(layer, h, passing)
         rows = [t - 1 for t in one.targets]
         losses = F.cross_entropy(decoder.logits(h[rows]), torch.tensor(one.tokens)[one.targets], reduction="none")
@@ -109,10 +113,12 @@ def sliced_gradient(trainer: Trainer, adapter: SparseAdapter) -> tuple[float, to
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("top", [0, 1])
-def test_the_gradient_is_that_of_plain_autograd_through_the_whole_model(
+def test_the_gradient_is_that_of_plain_autograd_that_ends_at_the_context(
     models: Models, tmp_path: Path, kind: str, top: int
 ) -> None:
     decoder, examples = models.decoder(kind), [example(20, 1, 1.0), example(30, 2, 2.5, start=9), example(9, 3, 0.5)]
+    # Two that share their context and a part of their words, one of them twice.
+    examples += [Example([*some_tokens(12, seed=4), 7, 8, last], [12, 13, 14], 1.5) for last in (9, 10, 10)]
     decoder.dtype = torch.float32
     made = request(tmp_path, examples, top_layers=top, density=1.0, batch_tokens=1024)
     trainer = Trainer(decoder, models.prepared(kind).base, made, None)
@@ -315,10 +321,19 @@ def test_a_slice_is_one_layer_of_one_pack_one_chunk_of_the_head_or_a_part_of_the
 
 
 def test_packs_hold_at_most_a_slice_and_no_example_is_lost() -> None:
-    examples = [example(length, 1) for length in (30, 30, 5, 64, 65, 10, 100, 1, 54)]
+    examples = [example(length, 1) for length in (30, 30, 5, 64, 65, 10, 100, 2, 54)]
     made = packs(examples, 64)
-    assert [e for pack in made for e in pack.examples] == [e for e in examples if e.targets]
-    assert all(pack.tokens <= 64 or len(pack.examples) == 1 for pack in made)
+    assert [e for pack in made for e in pack.examples] == examples
+    assert len(made) < len(examples)
+    assert all(len(pack.forest) <= 64 or len(pack.examples) == 1 for pack in made)
+
+
+def test_a_step_has_at_most_so_many_targets_and_no_example_is_lost() -> None:
+    examples = [example(length, seed) for seed, length in enumerate((30, 30, 5, 64, 65, 10, 100, 1, 54))]
+    made = batches(examples, plan(batch_tokens=70))
+    steps = [[e for pack in step for e in pack.examples] for step in made]
+    assert [e for step in steps for e in step] == [e for e in examples if e.targets]
+    assert all(sum(len(e.targets) for e in step) <= 70 or len(step) == 1 for step in steps)
 
 
 def test_the_budget_of_tokens_ends_the_passes(models: Models, tmp_path: Path) -> None:

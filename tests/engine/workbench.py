@@ -7,7 +7,7 @@ from typing import Any
 from models import Models
 
 from jobs.trainer import Trainer
-from persona.engine import adapter_file, lora, protocol
+from persona.engine import adapter_file, branches, lora, protocol
 from persona.engine.attention import KvCache
 from persona.engine.loop import EngineLoop
 from persona.engine.pages import PagePool
@@ -71,6 +71,7 @@ class Bench:
             tiers=self.tiers,
             text=Text.load(self.prepared.folder),
             train=self._train,
+            score=lambda wanted: branches.scores(self.decoder, wanted, prefill),
             about=lambda: health,
             eos=frozenset(),
             send=lambda reply: self.answers.setdefault(reply.id, []).append(reply),
@@ -97,6 +98,9 @@ class Bench:
     def score(self, tokens: list[int], adapter: AdapterRef | None = None, targets: list[int] | None = None) -> int:
         wanted = list(range(1, len(tokens))) if targets is None else targets
         return self.ask(lambda job: protocol.Score(job, protocol.ScoreRequest(tokens, wanted, adapter)))
+
+    def score_all(self, requests: list[protocol.ScoreRequest]) -> int:
+        return self.ask(lambda job: protocol.ScoreAll(job, requests))
 
     def train(self, request: TrainRequest) -> int:
         return self.ask(lambda job: protocol.Train(job, request))
