@@ -51,6 +51,7 @@ class HeldOut:
     context: tuple[Message, ...]
     conversation: frozenset[EntryId]
     tokens: int
+    lines: tuple[Line, ...] = ()  # the same context for a draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,15 @@ def build(
         return Deferred("No message fits into one run; raise learning.max_run_tokens.")
     first = next(i for i, entry in enumerate(entries) if entry.id == held_out[0].entry_id)
     recent = [*replay, *entries][max(0, len(replay) + first - LOOKBACK) :]
-    return Dataset(examples, held_out, max(entry.id for entry in fresh), new_tokens, passes, _redacted(recent))
+    return Dataset(examples, held_out, max(entry.id for entry in fresh), new_tokens, passes, redacted(recent))
+
+
+def everything(
+    entries: Sequence[Entry], *, tokenizer: ChatTokenizer, settings: Learning, system: str = "", longest: int = 4096
+) -> list[Sample]:
+    """All of a history as examples, nothing held out: for a prior. The newest words that fit max_run_tokens."""
+    copies = _Copies(entries, tokenizer, settings, system, longest)
+    return copies.layout(list(_without_copies(copies.targets(entries), Counter())))[0]
 
 
 def own_words(text: str) -> str:
@@ -215,7 +224,7 @@ class _Copies:
     def _held(self, target: _Target) -> HeldOut:
         entry = target.entry
         ids = frozenset(turn.id for turn in self._chain(entry)) | {entry.id}
-        return HeldOut(entry.id, target.text, tuple(self._heard(entry)), ids, target.tokens)
+        return HeldOut(entry.id, target.text, tuple(self._heard(entry)), ids, target.tokens, tuple(self._lines(entry)))
 
     def _sample(self, target: _Target, frame: Frame) -> Sample:
         framed = self._frame(target, frame)
@@ -243,7 +252,7 @@ class _Copies:
         before = bisect_left(self._ordered, entry.id, key=lambda other: other.id)
         known = {turn.id for turn in islice(self._chain(entry), CONTEXT_ENTRIES)}
         recent = [e for e in self._ordered[max(0, before - QUOTED_ENTRIES) : before] if e.id not in known]
-        return prompt.quote_recent(_redacted(recent), self._tokenizer, self._settings.quoted_tokens).text
+        return prompt.quote_recent(redacted(recent), self._tokenizer, self._settings.quoted_tokens).text
 
     def _heard(self, entry: Entry) -> list[Message]:
         """What stood before `entry`, as a turn's context."""
@@ -327,7 +336,8 @@ def _spread(entries: Sequence[Entry]) -> list[Entry]:
     return [*sorted(others, key=lambda entry: blake2b(b"%d" % entry.id, digest_size=8).digest()), *judged]
 
 
-def _redacted(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+def redacted(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    """Copies that a prompt may quote: nothing secret, nobody else's words."""
     return tuple(replace(entry, text=redact(entry.text), context=(), correction=None) for entry in entries)
 
 

@@ -18,10 +18,10 @@ from typing import Any, cast
 import msgspec
 import structlog
 
-from jobs import dataset, evaluate, recovery, retention
+from jobs import dataset, evaluate, plans, recovery, retention
 from persona.domain import ChatTokenizer, EntryId, Run, RunState, User, UserId, Version, VersionState
 from persona.engine.faces import Engine
-from persona.engine.protocol import Plan, Progress, TrainRequest, ref
+from persona.engine.protocol import AdapterRef, Plan, Progress, TrainRequest, ref
 from persona.errors import AdapterError, NotFound, PersonaError, TrainingFailed
 from persona.settings import Settings
 from storage.adapters import Adapters
@@ -69,6 +69,7 @@ class Finetune:
         self._tokenizer = tokenizer
         self.base_hash = base_hash
         self.clock = clock
+        self._prior = plans.prior(settings.learning)  # before a first version
         self.progress: dict[UserId, Progress] = {}
         self._leaving = False
 
@@ -152,20 +153,7 @@ class Finetune:
 
     def _continues(self, version: Version) -> bool:
         """Whether training may go on from `version`: only one of the same shape, made here."""
-        return version.metrics.get("shape") == _shape(self._plan(1))
-
-    def _plan(self, passes: int) -> Plan:
-        learning = self._settings.learning
-        return Plan(
-            rank=learning.rank,
-            alpha=learning.alpha,
-            density=learning.density,
-            passes=passes,
-            batch_tokens=learning.batch_tokens,
-            slice_tokens=learning.slice_tokens,
-            learning_rate=learning.learning_rate,
-            max_tokens=learning.max_run_tokens,
-        )
+        return version.metrics.get("shape") == plans.shape(plans.plan(self._settings.learning, 1))
 
     async def _dataset(self, user: User, start: Version | None, through: EntryId) -> dataset.Dataset | dataset.Deferred:
         entries = await self._history.recent(user.id, EntryId(0), exclude=(), limit=ENTRIES, through=through)
@@ -198,10 +186,12 @@ class Finetune:
             for sample in data.examples
         ]
         await self._runs.set_examples(run.id, rows)
-        plan = self._plan(data.passes)
+        wanted = plans.plan(self._settings.learning, data.passes)
         folder = await self._adapters.workspace(run.user_id)
         try:
-            last = await self._follow(run, self._request(folder, kept, plan, start, data))
+            last = await self._follow(
+                run, self._request(folder, kept, wanted, ref(start) if start else self._prior, data)
+            )
         except BaseException:
             await asyncio.shield(self._adapters.discard(folder))
             raise
@@ -212,14 +202,19 @@ class Finetune:
             parent=start.number if start else None,
             base=self.base_hash(),
             run_id=run.id,
-            metrics={"shape": _shape(plan), "steps": last.steps, "skipped": last.skipped, "training_loss": last.loss},
-            plan=msgspec.to_builtins(plan),
+            metrics={
+                "shape": plans.shape(wanted),
+                "steps": last.steps,
+                "skipped": last.skipped,
+                "training_loss": last.loss,
+            },
+            plan=msgspec.to_builtins(wanted),
         )
 
     @staticmethod
-    def _request(folder: Path, kept: Path, plan: Plan, start: Version | None, data: dataset.Dataset) -> TrainRequest:
+    def _request(folder: Path, kept: Path, plan: Plan, start: AdapterRef | None, data: dataset.Dataset) -> TrainRequest:
         examples = [sample.example for sample in data.examples]
-        return TrainRequest(examples, plan, str(folder), ref(start) if start else None, str(kept))
+        return TrainRequest(examples, plan, str(folder), start, str(kept))
 
     async def _follow(self, run: Run, request: TrainRequest) -> Progress:
         """Train to the end; returns the last progress."""
@@ -330,8 +325,3 @@ def _finite(last: Progress) -> Progress:
     if not math.isfinite(last.loss):
         raise TrainingFailed("The training loss was not finite; nothing was published.")
     return last
-
-
-def _shape(plan: Plan) -> list[float]:
-    """What two versions must share so that one can go on from the other."""
-    return [plan.rank, plan.alpha, plan.density, plan.seed, plan.top_layers]

@@ -1,10 +1,11 @@
-"""The trainable form of an adapter: a flat vector of values, scattered into dense B factors for the products.
+"""The trainable form of an adapter: low-rank factors of the upper layers, in one flat vector for the optimizer.
 
-A is frozen and follows from the plan's seed, B trains only under its mask (LoRI, Zhang et al. 2025): what is stored
-is the vector and nothing else. Exports exactly to ordinary LoRA, because B is an ordinary matrix.
+Only the last layers have factors; below them the model is the bare base, in training (nothing is kept or computed twice
+there) and in serving. Chosen by measurement among sparser and denser forms (docs/BENCHMARKS.md). Exports exactly to
+ordinary LoRA: it is one.
 """
 
-import math
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,107 +14,107 @@ import numpy as np
 import torch
 
 from persona.engine import adapter_file
-from persona.engine.adapter_file import Adapter, Header
+from persona.engine.adapter_file import Adapter, Array, Header
 from persona.engine.protocol import Plan
 from persona.engine.shape import TARGETS, Shape
 from persona.errors import TrainingFailed
 
-_FP16_MAX = 65504.0
-
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One adapted projection. a: [in, rank], frozen · b: [rank, out], fp32 leaf · where: flat places in b."""
+    """One adapted projection: leaves that share the flat vector's memory, and whose gradients share its gradient's.
+
+    a: [in, rank] · b: [rank, out]
+    """
 
     a: torch.Tensor
     b: torch.Tensor
-    where: torch.Tensor
-    span: slice  # of the value vector
 
 
 class SparseAdapter:
-    """All factors of one adapter, and the vector of values that an optimizer sees."""
+    """All factors of one adapter; `values` is the vector that an optimizer sees, fp32, with its gradient."""
 
     def __init__(self, shape: Shape, plan: Plan, base: str, dtype: torch.dtype, device: torch.device) -> None:
-        layers = min(plan.top_layers or shape.layers, shape.layers)
-        self.header = Header(
-            "sparse", base, shape.layers - layers, layers, plan.rank, plan.alpha, plan.density, plan.seed
-        )
-        self.scale = self.header.scale
+        layers = max(1, round(plan.layers * shape.layers))
+        self.header = Header("sparse", base, shape.layers - layers, layers, plan.rank, plan.alpha)
         self.factors: dict[tuple[int, str], Factor] = {}
-        self.values = torch.zeros(0)
-        self._shape, self._dtype, self._device = shape, dtype, device
+        size = layers * plan.rank * sum(sum(shape.projection(target)) for target in TARGETS)
+        self.values = torch.zeros(size, device=device)
+        self.values.grad = torch.zeros_like(self.values)
+        self._shape, self._dtype, self._seed = shape, dtype, plan.seed
+        self._made = 0  # values that belong to a factor already
 
     def build(self) -> Iterator[None]:
-        """Make the factors, one layer's at a time: each item is a short piece of work."""
-        total = 0
-        for target in TARGETS:
-            for layer in range(self.header.first, self._shape.layers):
-                factor = self._factor(layer, target, total)
-                self.factors[layer, target] = factor
-                total = factor.span.stop
+        """Make the factors, one projection's at a time: each item is a short piece of work. B is zero at first."""
+        rank = self.header.rank
+        for layer in range(self.header.first, self._shape.layers):
+            for target in TARGETS:
+                out, inputs = self._shape.projection(target)
+                a, b = self._leaf(inputs, rank), self._leaf(rank, out)
+                with torch.no_grad():
+                    a.copy_(torch.from_numpy(first_a(self._seed, layer, target, inputs, rank)))
+                self.factors[layer, target] = Factor(a, b)
                 yield
-        self.values = torch.zeros(total, device=self._device, requires_grad=True)
 
+    @torch.no_grad()
     def start_from(self, adapter: Adapter) -> None:
         """Begin with the values of an earlier version. Raises TrainingFailed if its form is another."""
         if adapter.header != self.header:
-            raise TrainingFailed("The serving version has another form than the plan: train from the base.")
-        flat = np.concatenate([adapter.tensors[target].reshape(-1) for target in TARGETS])
-        with torch.no_grad():
-            self.values.copy_(torch.from_numpy(flat.astype(np.float32)))
-        self.scatter()
-
-    @torch.no_grad()
-    def scatter(self) -> None:
-        """Write the values into the dense factors."""
-        for factor in self.factors.values():
-            factor.b.view(-1)[factor.where] = self.values[factor.span]
+            raise TrainingFailed("What this run should start from has another form than the plan: train from the base.")
+        for (layer, target), factor in self.factors.items():
+            pair = adapter.values(layer, target)
+            assert pair is not None  # by the header
+            factor.a.copy_(torch.from_numpy(pair[0]).t())
+            factor.b.copy_(torch.from_numpy(pair[1]).t())
 
     def scaled(self, layer: int, target: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a projection adds: A [in, rank] and B [rank, out] with its scale; None where nothing trains."""
         factor = self.factors.get((layer, target))
-        return None if factor is None else (factor.a, (factor.b * self.scale).to(factor.a.dtype))
+        if factor is None:
+            return None
+        return factor.a.to(self._dtype), (factor.b * self.header.scale).to(self._dtype)
 
     @torch.no_grad()
     def norm(self) -> float:
-        """‖scale · B‖_F / √out over all factors: about ‖update‖ per output row, as A's rows have norm 1."""
-        rows = sum(factor.b.shape[1] for factor in self.factors.values())
-        size: float = self.values.norm().item() * self.scale
-        return size / math.sqrt(rows)
-
-    @torch.no_grad()
-    def gather_gradient(self) -> None:
-        """Collect the gradients of the trained entries into `values.grad` and clear the dense ones."""
-        gradient = torch.zeros_like(self.values)
+        """‖update‖_F over all projections, relative to their number of output rows: about ‖update · x‖ for |x| = 1."""
+        squares, rows = 0.0, 0
         for factor in self.factors.values():
-            if factor.b.grad is not None:
-                gradient[factor.span] = factor.b.grad.view(-1)[factor.where]
-                factor.b.grad = None
-        self.values.grad = gradient
+            squares += float(((factor.a.t() @ factor.a) * (factor.b @ factor.b.t())).sum())
+            rows += factor.b.shape[1]
+        return float((max(squares, 0.0) / max(rows, 1)) ** 0.5) * self.header.scale
 
     def save(self, folder: Path) -> None:
-        """Write adapter.safetensors. Raises TrainingFailed for values that fp16 cannot hold."""
-        values = self.values.detach().cpu()
-        if not values.isfinite().all() or values.abs().max() > _FP16_MAX:
+        """Write adapter.safetensors. Raises TrainingFailed for values that are not finite."""
+        if not self.values.isfinite().all():
             raise TrainingFailed("The trained values are not finite; nothing was published.")
-        parts = values.half().numpy().reshape(-1)
-        tensors, start = {}, 0
+        tensors: dict[str, Array] = {}
         for target in TARGETS:
-            size = sum(f.span.stop - f.span.start for (_, name), f in self.factors.items() if name == target)
-            tensors[target] = parts[start : start + size].reshape(self.header.layers, -1)
-            start += size
+            mine = [factor for (_, name), factor in self.factors.items() if name == target]
+            a, b = _stacked([factor.a for factor in mine]), _stacked([factor.b for factor in mine])
+            tensors |= adapter_file.rounded(target, a, b)
         adapter_file.write(folder, self.header, tensors)
 
-    def _factor(self, layer: int, target: str, start: int) -> Factor:
-        head, device = self.header, self._device
-        out, inputs = self._shape.projection(target)
-        flat = adapter_file.mask(head.seed, layer, target, out * head.rank, head.density)
-        row, column = np.divmod(flat, head.rank)  # of B [out, rank]
-        a = adapter_file.frozen_a(head.seed, layer, target, head.rank, inputs)
-        return Factor(
-            torch.tensor(a).t().contiguous().to(device, self._dtype),
-            torch.zeros(head.rank, out, device=device, requires_grad=True),
-            torch.from_numpy(column * out + row).to(device),
-            slice(start, start + len(flat)),
-        )
+    def _leaf(self, rows: int, columns: int) -> torch.Tensor:
+        """The next values of the vector as a leaf [rows, columns]."""
+        span = slice(self._made, self._made + rows * columns)
+        self._made = span.stop
+        assert self.values.grad is not None
+        leaf = self.values[span].view(rows, columns).requires_grad_()
+        leaf.grad = self.values.grad[span].view(rows, columns)
+        return leaf
+
+
+def first_a(seed: int, layer: int, target: str, inputs: int, rank: int) -> Array:
+    """A before training: uniform within ±1/√in as in PEFT, fp32 [in, rank], the same on every machine."""
+    name = f"{seed}/{layer}/{target}".encode()
+    key = int.from_bytes(hashlib.sha256(name).digest()[:16], "big")
+    # Raw generator output is the part of numpy's random API that never changes; 24 bits of it are exact in fp32.
+    raw = np.random.Philox(key=key).random_raw(inputs * rank) >> np.uint64(40)
+    unit = raw.astype(np.float32) * np.float32(2**-23) - np.float32(1)
+    return (unit * np.float32(inputs**-0.5)).reshape(inputs, rank)
+
+
+def _stacked(leaves: list[torch.Tensor]) -> Array:
+    """fp32 [layers, columns, rows]: as LoRA writes its factors."""
+    stacked: Array = np.stack([leaf.detach().t().cpu().numpy() for leaf in leaves])
+    return stacked

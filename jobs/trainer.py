@@ -125,7 +125,6 @@ class Trainer:
         """Where to go on: everything is as it was after the step of the checkpoint."""
         head, steps = kept.header, len(self._batches)
         optimizer.load(kept.tensors, head.updates)
-        self._adapter.scatter()
         self._first = head.first
         return Progress(head.step, steps, head.loss, head.tokens, head.seconds, head.skipped, resumed=head.step)
 
@@ -169,17 +168,18 @@ class Trainer:
             raise TrainingFailed("The update outgrew the base; nothing was published. Lower learning.learning_rate.")
 
     def _update(self, optimizer: "_AdamW", step: int, steps: int) -> Generator[None, None, bool]:
-        """One optimizer step in three slices; False if it was left out because a gradient is not finite."""
-        self._adapter.gather_gradient()
-        yield
-        norm = torch.nn.utils.clip_grad_norm_([self._adapter.values], self._plan.clip)
+        """One optimizer step; False if it was left out because a gradient is not finite."""
+        values = self._adapter.values
+        assert values.grad is not None
+        norm = torch.nn.utils.clip_grad_norm_([values], self._plan.clip)
         if not norm.isfinite():
+            values.grad.zero_()
             return False
         warmup = max(1, round(self._plan.warmup * steps))
         share = min(step / warmup, (steps - step + 1) / max(1, steps - warmup + 1))
         optimizer.step(self._plan.learning_rate * min(1.0, share))
+        values.grad.zero_()
         yield
-        self._adapter.scatter()
         return True
 
     def _pack(self, pack: Pack, weight: float) -> Generator[None, None, float]:
@@ -277,17 +277,19 @@ class _AdamW:
 
 
 class _Forward(Branches):
-    """A pack's pass without gradients; keeps what each layer's keys and values are made of."""
+    """A pack's pass without gradients; keeps what each layer's keys and values are made of.
+
+    kept[layer]: the qkv projection [rows, out] and its input [rows, hidden]
+    """
 
     def __init__(self, decoder: Decoder, forest: Forest, factors: Factors) -> None:
         super().__init__(decoder, forest, factors)
-        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # qkv [rows, out] and x · A [rows, rank]
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def project(self, layer: int, target: str, base: Projection, x: torch.Tensor) -> torch.Tensor:
         y = super().project(layer, target, base, x)
         if target == "qkv":
-            found = self._factors(layer, target)
-            self.kept[layer] = y, None if found is None else x @ found[0]
+            self.kept[layer] = y, x
         return y
 
 
@@ -321,9 +323,9 @@ class _Own(Branches):
         )
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        projected, inner = self._before.kept[layer]
-        found = self._factors(layer, "qkv")
-        if found is not None and inner is not None:
-            projected = projected + inner @ (found[1] - found[1].detach())  # adds nothing but a gradient
+        projected, x = self._before.kept[layer]
+        if (found := self._factors(layer, "qkv")) is not None:
+            update = (x @ found[0]) @ found[1]
+            projected = projected + (update - update.detach())  # nothing but a gradient
         _, keys, values = self._decoder.heads(layer, projected, self._before.rotary)
         return attended(q, keys.index_copy(0, self.rows, k), values.index_copy(0, self.rows, v), self.mask)

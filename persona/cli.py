@@ -15,6 +15,7 @@ from persona.cli_backup import backup, restore
 from persona.cli_chat import chat
 from persona.cli_doctor import doctor
 from persona.cli_link import Link
+from persona.cli_prior import prior
 from persona.cli_screen import Json, emit, fail, say, settings
 from persona.cli_train import train
 from persona.errors import PersonaError
@@ -43,6 +44,7 @@ app.add_typer(cli_data.history, name="history")
 app.add_typer(cli_data.adapters, name="adapters")
 app.add_typer(cli_events.events, name="events")
 app.add_typer(cli_serve.model, name="model")
+app.add_typer(prior, name="prior")
 app.command()(cli_serve.serve)
 app.command()(chat)
 app.command()(train)

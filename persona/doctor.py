@@ -149,9 +149,14 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding("database", State.OK, f"{size}, sound, schema {schema} becomes {newest} at the next start")
 
 
-def _memory(settings: Settings) -> Iterator[Finding]:
+def available_memory() -> int:
+    """Bytes that programs may still take."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+
+
+def _memory(settings: Settings) -> Iterator[Finding]:
+    available = available_memory()
     wanted = settings.engine.memory_mb << 20
     found = f"{available / _GIB:.1f} GiB available, {wanted / _GIB:.1f} GiB wanted for cache and adapters"
     if available < wanted:

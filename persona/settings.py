@@ -110,11 +110,12 @@ class Learning(Section):
     quoted_tokens: int = Field(
         96, ge=0, description="recent history quoted before every second target, as serving quotes it"
     )
-    rank: int = Field(16, ge=1, le=64, description="rank of the adapter")
-    alpha: float = Field(32.0, gt=0, description="LoRA alpha")
-    density: float = Field(0.09, gt=0, le=1, description="share of B that trains and is stored")
+    rank: int = Field(2, ge=1, le=64, description="rank of the adapter")
+    alpha: float = Field(4.0, gt=0, description="LoRA alpha")
+    layers: float = Field(0.9, gt=0, le=1, description="share of the layers, from the top, that an adapter changes")
     passes: int = Field(2, ge=1, description="times the examples are seen in one run")
-    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
+    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
+    prior: str = Field("", description="folder of an adapter from which users start (persona prior train); empty: none")
     batch_tokens: int = Field(160, ge=16, description="own tokens per optimizer step")
     slice_tokens: int = Field(256, ge=16, description="tokens per training slice: bounds the gap in serving")
     keep_probability: float = Field(0.8, ge=0.5, le=1, description="P(better) at which the gate keeps a version")

@@ -89,7 +89,7 @@ def test_a_misspelt_key_in_the_file_stops_the_start_and_names_its_neighbour(
         ({"PERSONA_HTTP__PORT": "65536"}, "http.port"),
         ({"PERSONA_HTTP__PORT": "-1"}, "http.port"),
         ({"PERSONA_MODEL__WEIGHTS": "int3"}, "model.weights"),
-        ({"PERSONA_LEARNING__DENSITY": "0"}, "learning.density"),
+        ({"PERSONA_LEARNING__LAYERS": "0"}, "learning.layers"),
         ({"PERSONA_LEARNING__ENABLED": "perhaps"}, "learning.enabled"),
         ({"PERSONA_HTTP": "x"}, "http"),
         ({"PERSONA_HTTP__PORT__DEEP": "x"}, "http.port"),

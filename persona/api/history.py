@@ -5,40 +5,22 @@ has absorbed it with it.
 """
 
 import contextlib
-import math
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
 
-import msgspec
 from aiohttp import web
 
 from persona.api import bodies, views
 from persona.api.services import Services, caller, services
-from persona.domain import EntryId, Line, Role, User
+from persona.domain import EntryId, User
 from persona.engine.protocol import ref
-from persona.errors import AdapterError, Busy, EngineDown, RequestError, Unprocessable
+from persona.errors import AdapterError, Busy, EngineDown, RequestError
 from persona.wire import decode, dumps
+from storage import import_lines
 from storage.history import ImportItem
+from storage.import_lines import WireItem
 
 MAX_PAGE = 1000
-MAX_CONTEXT = 50
 _BATCH = 500
-_ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT}
-
-
-class WireLine(msgspec.Struct):
-    author: str
-    text: str
-
-
-class WireItem(msgspec.Struct):
-    """One message of an import. `ts`: ISO 8601 (UTC if it names no zone) or seconds since 1970."""
-
-    ts: str | float
-    text: str
-    id: str | int | None = None
-    context: list[WireLine] | None = None
-    role: str = "user"
 
 
 async def page(request: web.Request) -> web.Response:
@@ -107,7 +89,7 @@ async def _items(request: web.Request) -> AsyncIterator[ImportItem]:
     number = 0
     async for wire in _wire_items(request):
         number += 1
-        yield _item(number, wire)
+        yield import_lines.item(number, wire)
 
 
 async def _wire_items(request: web.Request) -> AsyncIterator[WireItem]:
@@ -118,39 +100,9 @@ async def _wire_items(request: web.Request) -> AsyncIterator[WireItem]:
                 yield wire
             return
         for number, line in enumerate(filter(bytes.strip, content.splitlines()), 1):
-            yield _line(number, line)
+            yield import_lines.parse(number, line)
         return
     number = 0
     async for line in bodies.lines(request):
         number += 1
-        yield _line(number, line)
-
-
-def _line(number: int, line: bytes) -> WireItem:
-    try:
-        return decode(line, WireItem)
-    except RequestError as error:
-        raise Unprocessable(f"Line {number}: {error.message}", param=error.param) from None
-
-
-def _item(number: int, wire: WireItem) -> ImportItem:
-    role = _ROLES.get(wire.role)
-    if role is None:
-        raise Unprocessable(f"Item {number}: role is user or assistant.", param="role")
-    lines = (wire.context or [])[-MAX_CONTEXT:]
-    context = tuple(Line(line.author, line.text) for line in lines)
-    identity = None if wire.id is None else str(wire.id)
-    return ImportItem(wire.text, _time(number, wire.ts), identity, context, role)
-
-
-def _time(number: int, value: str | float) -> datetime:
-    try:
-        if isinstance(value, str):
-            parsed = datetime.fromisoformat(value)
-        elif math.isfinite(value):
-            parsed = datetime.fromtimestamp(value, UTC)
-        else:
-            raise ValueError
-        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError, OSError):
-        raise Unprocessable(f"Item {number}: ts is ISO 8601 or seconds since 1970.", param="ts") from None
+        yield import_lines.parse(number, line)

@@ -1,20 +1,19 @@
-"""The stored adapter: one safetensors file, numpy only, expanded to plain LoRA factors when it is loaded.
+"""The stored adapter: one safetensors file, numpy only, plain LoRA factors of fused projections when it is loaded.
 
 Two forms, told apart by the header (JSON in the safetensors metadata):
 
-    sparse   B = values under a mask; A and the mask follow from `seed` (LoRI, Zhang et al. 2025), so only
-             values are stored: one fp16 tensor per target, [layers, nnz]
+    sparse   trained here: A and B of the layers from `first` to the last, and none below, int8 with an fp32 scale per
+             rank, stacked per target: "qkv.A" [layers, rank, in], "qkv.B" [layers, out, rank] and their "….scale"
+             [layers, rank]; the update is alpha / rank · B A
     lora     A and B as imported, fp32, per layer and checkpoint module; the scale is folded into B
 
-The factors of a fused projection are A [rank, in] and B [out, rank] with y = base(x) + B(A x). A never depends on
-the user: all sparse adapters of one seed share it.
+The factors of a fused projection are A [rank, in] and B [out, rank] with y = base(x) + B(A x).
 """
 
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ MAX_RANK = 64
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the values mean. `rank`, `alpha`, `density` and `seed` belong to the sparse form."""
+    """What the tensors mean. `rank` and `alpha` belong to the sparse form."""
 
     form: str  # sparse or lora
     base: str  # hash of the base it was trained on
@@ -43,8 +42,6 @@ class Header:
     layers: int = 0  # number of adapted layers
     rank: int = 0
     alpha: float = 0.0
-    density: float = 0.0
-    seed: int = 0
 
     @property
     def scale(self) -> float:
@@ -62,48 +59,34 @@ class Adapter:
         """A [rank, in] and B [out, rank] (scale included), fp32; None where the projection is not adapted."""
         if self.header.form == "lora":
             return _stacked(self.tensors, layer, target, shape)
-        return self._expanded(layer, target, shape)
+        return self._scaled(layer, target)
 
-    def _expanded(self, layer: int, target: str, shape: Shape) -> tuple[Array, Array] | None:
-        head, values = self.header, self.tensors.get(target)
-        row = layer - head.first
-        if values is None or not 0 <= row < head.layers:
+    def _scaled(self, layer: int, target: str) -> tuple[Array, Array] | None:
+        pair = self.values(layer, target)
+        return None if pair is None else (pair[0], pair[1] * np.float32(self.header.scale))
+
+    def values(self, layer: int, target: str) -> tuple[Array, Array] | None:
+        """A [rank, in] and B [out, rank] of the sparse form as they were trained, without alpha: fp32."""
+        row = layer - self.header.first
+        if not 0 <= row < self.header.layers:
             return None
-        out, inputs = shape.projection(target)
-        dense = np.zeros(out * head.rank, np.float32)
-        dense[mask(head.seed, layer, target, out * head.rank, head.density)] = values[row]
-        dense *= head.scale
-        return frozen_a(head.seed, layer, target, head.rank, inputs), dense.reshape(out, head.rank)
+        a, b = self.tensors[f"{target}.A"][row], self.tensors[f"{target}.B"][row]
+        return (
+            a.astype(np.float32) * self.tensors[f"{target}.A.scale"][row][:, None],
+            b.astype(np.float32) * self.tensors[f"{target}.B.scale"][row],
+        )
 
 
-def nnz(size: int, density: float) -> int:
-    """Trained entries of a B with `size` entries."""
-    return max(1, round(size * density))
-
-
-@lru_cache(maxsize=1024)
-def mask(seed: int, layer: int, target: str, size: int, density: float) -> Array:
-    """Flat indices of B's trained entries, ascending, int64 [nnz]. Stable across numpy versions."""
-    keys = _raw(seed, layer, target, "mask", size)
-    return np.sort(np.argpartition(keys, nnz(size, density) - 1)[: nnz(size, density)])
-
-
-@lru_cache(maxsize=1024)
-def frozen_a(seed: int, layer: int, target: str, rank: int, inputs: int) -> Array:
-    """The untrained factor A, uniform with variance 1/in: fp32 [rank, in]. Read-only: it is shared."""
-    raw = _raw(seed, layer, target, "a", rank * inputs) >> np.uint64(40)  # 24 bits: exact in fp32
-    unit = raw.astype(np.float32) * np.float32(2**-23) - np.float32(1)
-    made: Array = (unit * np.float32((3 / inputs) ** 0.5)).reshape(rank, inputs)
-    made.flags.writeable = False
-    return made
-
-
-def _raw(seed: int, layer: int, target: str, purpose: str, size: int) -> NDArray[np.uint64]:
-    """`size` random words. Raw generator output is the part of numpy's random API that never changes."""
-    name = f"{seed}/{layer}/{target}/{purpose}".encode()
-    key = int.from_bytes(hashlib.sha256(name).digest()[:16], "big")
-    words: NDArray[np.uint64] = np.random.Philox(key=key).random_raw(size)
-    return words
+def rounded(target: str, a: Array, b: Array) -> dict[str, Array]:
+    """A [layers, rank, in] and B [layers, out, rank] as the sparse form stores them."""
+    stored = {}
+    for half, values, axis in (("A", a, 2), ("B", b, 1)):
+        scale = np.maximum(np.abs(values).max(axis), np.finfo(np.float32).tiny * 128).astype(np.float32) / np.float32(
+            127
+        )
+        stored[f"{target}.{half}"] = np.rint(values / np.expand_dims(scale, axis)).astype(np.int8)
+        stored[f"{target}.{half}.scale"] = scale
+    return stored
 
 
 def _stacked(tensors: dict[str, Array], layer: int, target: str, shape: Shape) -> tuple[Array, Array] | None:
@@ -127,7 +110,8 @@ def _stacked(tensors: dict[str, Array], layer: int, target: str, shape: Shape) -
 def write(folder: Path, header: Header, tensors: dict[str, Array]) -> Path:
     """Write adapter.safetensors into `folder`."""
     file = folder / FILE
-    file.write_bytes(save(tensors, metadata={"persona": json.dumps(asdict(header))}))
+    rows = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}  # safetensors takes memory as it is
+    file.write_bytes(save(rows, metadata={"persona": json.dumps(asdict(header))}))
     return file
 
 
@@ -181,13 +165,20 @@ def check(adapter: Adapter, shape: Shape) -> None:
 
 def _check_sparse(adapter: Adapter, shape: Shape) -> None:
     head = adapter.header
-    if not (1 <= head.rank <= MAX_RANK and 0 < head.density <= 1 and math.isfinite(head.alpha)):
-        raise AdapterError("The adapter's rank, alpha or density is out of range.")
+    if not (1 <= head.rank <= MAX_RANK and math.isfinite(head.alpha)):
+        raise AdapterError("The adapter's rank or alpha is out of range.")
     if not (head.layers >= 1 and 0 <= head.first <= shape.layers - head.layers):
         raise AdapterError("The adapter's layers are not layers of this base.")
-    for name, values in adapter.tensors.items():
-        wanted = (head.layers, nnz(shape.projection(name)[0] * head.rank, head.density)) if name in TARGETS else None
-        if values.shape != wanted:
+    wanted: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {}
+    for target in TARGETS:
+        out, inputs = shape.projection(target)
+        wanted[f"{target}.A"] = np.int8, (head.layers, head.rank, inputs)
+        wanted[f"{target}.B"] = np.int8, (head.layers, out, head.rank)
+        wanted[f"{target}.A.scale"] = wanted[f"{target}.B.scale"] = np.float32, (head.layers, head.rank)
+    if set(adapter.tensors) != set(wanted):
+        raise AdapterError("The adapter holds something else than a pair of factors for each projection.")
+    for name, (kind, size) in wanted.items():
+        if adapter.tensors[name].dtype != kind or adapter.tensors[name].shape != size:
             raise AdapterError(f"The adapter's tensor {name} does not fit this base.")
 
 

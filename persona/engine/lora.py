@@ -3,7 +3,7 @@
 Decode rows of equal shape go through one batched product, so ranks are never padded to a neighbour's; each prompt
 segment has a plain product of its own. The base's product is untouched: y = base(x) + B(A x).
 
-    A of one layer and target: [in, rank]      (all sparse adapters of a seed share one tensor)
+    A of one layer and target: [in, rank]
     B of one layer and target: [rank, out]
 """
 
@@ -26,46 +26,31 @@ class Resident:
 
     factors: Factors
     kind: tuple[object, ...]  # adapters of one kind fit into one batched product
-    shares: bool  # its A's belong to all adapters of its seed
 
     def nbytes(self) -> int:
-        """Bytes that only this adapter holds: shared A's are not counted."""
-        return sum(b.nbytes + (0 if self.shares else a.nbytes) for a, b in self.factors.values())
+        return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
 
 
-class Shared:
-    """The A's that many adapters have in common, by their identity in memory."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[object, torch.Tensor]] = {}
-
-    def tensor(self, array: object, made: torch.Tensor) -> torch.Tensor:
-        """The device tensor for `array`: `made`, or the one made for it before."""
-        return self._known.setdefault(id(array), (array, made))[1]
-
-
-def promote(adapter: Adapter, shape: Shape, dtype: torch.dtype, device: torch.device, shared: Shared) -> Resident:
+def promote(adapter: Adapter, shape: Shape, dtype: torch.dtype, device: torch.device) -> Resident:
     """Expand a verified adapter and put it on the device."""
     factors: Factors = {}
     for layer in range(shape.layers):
         for target in TARGETS:
             if (pair := adapter.factors(layer, target, shape)) is None:
                 continue
-            a = torch.tensor(pair[0]).t().contiguous().to(device, dtype)
-            if adapter.header.form == "sparse":
-                a = shared.tensor(pair[0], a)
+            a = torch.from_numpy(pair[0]).t().contiguous().to(device, dtype)
             factors[layer, target] = a, torch.from_numpy(pair[1]).t().contiguous().to(device, dtype)
     kind = tuple((key, a.shape[1]) for key, (a, _) in factors.items())
-    return Resident(factors, kind, adapter.header.form == "sparse")
+    return Resident(factors, kind)
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Consecutive decode rows whose adapters have one kind. b[key]: [rows, rank, out]."""
+    """Consecutive decode rows whose adapters have one kind. a[key]: [rows, in, rank] · b[key]: [rows, rank, out]."""
 
     start: int
     end: int
-    a: dict[tuple[int, str], torch.Tensor]  # [in, rank] where shared, else [rows, in, rank]
+    a: dict[tuple[int, str], torch.Tensor]
     b: dict[tuple[int, str], torch.Tensor]
 
 
@@ -111,12 +96,10 @@ def _grouped(rows: Sequence[Resident | None]) -> list[_Group]:
 
 
 def _stack(start: int, adapters: list[Resident]) -> _Group:
-    first = adapters[0].factors
     a: dict[tuple[int, str], torch.Tensor] = {}
     b: dict[tuple[int, str], torch.Tensor] = {}
-    for key, (left, _) in first.items():
-        lefts = [adapter.factors[key][0] for adapter in adapters]
-        a[key] = _quick(left if all(other is left for other in lefts) else torch.stack(lefts))
+    for key in adapters[0].factors:
+        a[key] = _quick(torch.stack([adapter.factors[key][0] for adapter in adapters]))
         b[key] = _quick(torch.stack([adapter.factors[key][1] for adapter in adapters]))
     return _Group(start, start + len(adapters), a, b)
 

@@ -95,12 +95,11 @@ def _memory(options: Options, base: Decoder) -> tuple[int, Tiers]:
     budget = options.memory_mb << 20
     adapters = budget // ADAPTER_SHARE
     pages = (budget - adapters) // KvCache.page_bytes(base.shape, options.page_tokens, base.dtype)
-    shared = lora.Shared()
     tiers = Tiers(
         base.shape,
         options.base,
         adapters,
-        lambda adapter: lora.promote(adapter, base.shape, base.dtype, base.device, shared),
+        lambda adapter: lora.promote(adapter, base.shape, base.dtype, base.device),
     )
     return int(pages), tiers
 

@@ -69,20 +69,19 @@ class Example(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """How one adapter is trained. The shape fields fix the stored form; the rest the optimisation."""
 
-    rank: int = 16
-    alpha: float = 32.0
-    density: float = 0.1  # share of B's entries that train
-    seed: int = 0  # of the frozen A and of B's mask
+    rank: int = 2
+    alpha: float = 4.0
+    layers: float = 0.9  # share of the layers, from the top, that have factors
+    seed: int = 0  # of A before training and of the order of the examples
     passes: int = 2
     batch_tokens: int = 160  # targets per optimizer step
     slice_tokens: int = 256  # tokens per slice: bounds the time between two serving steps
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0
     weight_decay: float = 0.0
-    max_norm: float = 50.0  # of the update relative to the frozen A's scale; above it the run fails
+    max_norm: float = 50.0  # of the update (SparseAdapter.norm); above it the run fails
     max_tokens: int = 0  # budget of trained-on tokens, 0: all passes
-    top_layers: int = 0  # adapt only the last N layers, 0: all
 
 
 class TrainRequest(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ from persona.engine.shape import TARGETS, Shape
 from persona.settings import Settings
 
 PROMPT = 128
-PLAN = Plan(density=0.09, passes=1)
+PLAN = Plan(passes=1)
 
 
 def report(measure: str, **figures: object) -> None:
@@ -43,13 +43,13 @@ def random_adapter(folder: Path, prepared: prepare.Prepared, number: int) -> Ada
     """A trained adapter's form with random values, so small that the base's replies stay sensible."""
     shape = Shape.read(prepared.folder)
     random = np.random.default_rng(number)
-    header = adapter_file.Header(
-        "sparse", prepared.base, 0, shape.layers, PLAN.rank, PLAN.alpha, PLAN.density, PLAN.seed
-    )
-    tensors = {}
+    layers = round(shape.layers * PLAN.layers)
+    header = adapter_file.Header("sparse", prepared.base, shape.layers - layers, layers, PLAN.rank, PLAN.alpha)
+    tensors: dict[str, adapter_file.Array] = {}
     for target in TARGETS:
-        count = adapter_file.nnz(shape.projection(target)[0] * PLAN.rank, PLAN.density)
-        tensors[target] = (random.standard_normal((shape.layers, count)) * 1e-3).astype(np.float16)
+        out_rows, inputs = shape.projection(target)
+        a = random.standard_normal((layers, PLAN.rank, inputs)) * inputs**-0.5
+        tensors |= adapter_file.rounded(target, a, random.standard_normal((layers, out_rows, PLAN.rank)) * 1e-3)
     out = folder / str(number)
     out.mkdir()
     file = adapter_file.write(out, header, tensors)
@@ -126,8 +126,9 @@ async def training_alone(engine: LocalEngine, out: Path) -> None:
 async def keeping_the_state(engine: LocalEngine, prepared: prepare.Prepared, out: Path) -> None:
     """What a checkpoint costs after each optimizer step: its pieces, without what the engine does between them."""
     shape = Shape.read(prepared.folder)
-    sizes = [adapter_file.nnz(shape.projection(target)[0] * PLAN.rank, PLAN.density) for target in TARGETS]
-    vector = np.random.default_rng(1).standard_normal(shape.layers * sum(sizes)).astype(np.float32)
+    layers = round(shape.layers * PLAN.layers)
+    size = layers * PLAN.rank * sum(sum(shape.projection(target)) for target in TARGETS)
+    vector = np.random.default_rng(1).standard_normal(size).astype(np.float32)
     head = checkpoint_file.Header("r" * 64, 1, 1.0, 1.0, 1, 1.0, 0, 1)
     state = checkpoint_file.State(head, dict.fromkeys(("values", "mean", "square"), vector))
     whole, longest = [], []

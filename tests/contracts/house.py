@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from persona.engine import adapter_file
-from persona.engine.adapter_file import Header, nnz
+from persona.engine.adapter_file import Header
 from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
 from persona.engine.protocol import AdapterRef
@@ -63,9 +63,12 @@ def sparse(prepared: Prepared, base: str) -> Callable[[Path, int, int], None]:
 
     def write(place: Path, user: int, number: int) -> None:
         source = np.random.default_rng([user, number])
-        sizes = {target: (shape.layers, nnz(shape.projection(target)[0] * 8, 0.2)) for target in TARGETS}
-        values = {target: source.normal(0, 0.3, size).astype(np.float16) for target, size in sizes.items()}
-        adapter_file.write(place, Header("sparse", base, 0, shape.layers, 8, 16.0, 0.2, 0), values)
+        values: dict[str, adapter_file.Array] = {}
+        for target in TARGETS:
+            out, inputs = shape.projection(target)
+            a = source.normal(0, inputs**-0.5, (shape.layers, 8, inputs))
+            values |= adapter_file.rounded(target, a, source.normal(0, 0.2, (shape.layers, out, 8)))
+        adapter_file.write(place, Header("sparse", base, 0, shape.layers, 8, 16.0), values)
 
     return write
 

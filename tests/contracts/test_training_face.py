@@ -12,7 +12,7 @@ from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, 
 from persona.errors import Busy
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-PLAN = Plan(rank=8, alpha=16.0, density=0.2, batch_tokens=64, slice_tokens=64)
+PLAN = Plan(rank=8, alpha=16.0, layers=1.0, batch_tokens=64, slice_tokens=64)
 
 
 def request(out: Path, passes: int = 1) -> TrainRequest:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from persona.engine import adapter_file
-from persona.engine.adapter_file import Array, Header, nnz
+from persona.engine.adapter_file import Array, Header
 from persona.engine.protocol import AdapterRef
 from persona.engine.shape import FUSED, TARGETS, Shape
 
@@ -24,19 +24,22 @@ def sparse(
     *,
     user: int = 1,
     number: int = 1,
-    size: float = 0.3,
+    size: float = 0.2,
     rank: int = 8,
     alpha: float = 16.0,
-    seed: int = 0,
     layers: int | None = None,
 ) -> AdapterRef:
-    """A sparse adapter with values of that size on the last `layers` layers, other for each user and number."""
+    """A sparse adapter with a B of that size on the last `layers` layers, other for each user and number."""
     folder.mkdir(parents=True, exist_ok=True)
     count = layers or shape.layers
-    header = Header("sparse", base, shape.layers - count, count, rank, alpha, 0.2, seed)
+    header = Header("sparse", base, shape.layers - count, count, rank, alpha)
     source = np.random.default_rng([user, number])
-    values = {t: source.normal(0, size, (count, nnz(shape.projection(t)[0] * rank, 0.2))) for t in TARGETS}
-    adapter_file.write(folder, header, {t: v.astype(np.float16) for t, v in values.items()})
+    tensors: dict[str, Array] = {}
+    for target in TARGETS:
+        out, inputs = shape.projection(target)
+        a = source.uniform(-1, 1, (count, rank, inputs)) * inputs**-0.5
+        tensors |= adapter_file.rounded(target, a, source.normal(0, size, (count, out, rank)))
+    adapter_file.write(folder, header, tensors)
     return reference(folder, user, number)
 
 

@@ -54,8 +54,8 @@ def test_scores_are_those_of_the_whole_model(models: Models, size: int) -> None:
 
 def test_each_request_has_its_own_adapter(models: Models, tmp_path: Path) -> None:
     bench = Bench(models, weights="none")  # int4 computes few rows in bf16 and many in the base's own type
-    one = adapters.sparse(tmp_path / "one", bench.shape, bench.prepared.base, seed=1)
-    two = adapters.sparse(tmp_path / "two", bench.shape, bench.prepared.base, seed=2)
+    one = adapters.sparse(tmp_path / "one", bench.shape, bench.prepared.base, user=1)
+    two = adapters.sparse(tmp_path / "two", bench.shape, bench.prepared.base, user=2)
     some = [*requests(one), *requests(None), *requests(two), *requests(one)]
     found = together(bench, some)
     assert all(

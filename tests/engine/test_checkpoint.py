@@ -24,7 +24,7 @@ from persona.engine.checkpoint_file import Header, State
 from persona.engine.protocol import AdapterRef, Example, Plan, Progress, TrainRequest
 from storage.failpoints import KILLED
 
-PLAN = Plan(rank=8, alpha=16.0, density=0.2, passes=2, batch_tokens=40, slice_tokens=64, learning_rate=5e-3)
+PLAN = Plan(rank=8, alpha=16.0, layers=1.0, passes=2, batch_tokens=40, slice_tokens=64, learning_rate=5e-3)
 STAGES = ["checkpoint-made", "checkpoint-written", "checkpoint-synced", "checkpoint-replaced"]
 HERE = Path(__file__).parent
 

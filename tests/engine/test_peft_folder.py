@@ -50,7 +50,7 @@ def ours(models: Models, kind: str, folder: Path, tokens: list[int]) -> torch.Te
     decoder = models.decoder(kind)
     decoder.dtype = torch.float32
     adapter = adapter_file.parse((folder / FILE).read_bytes())
-    resident = lora.promote(adapter, decoder.shape, torch.float32, decoder.device, lora.Shared())
+    resident = lora.promote(adapter, decoder.shape, torch.float32, decoder.device)
 
     class Adapted(Whole):
         def project(self, layer: int, target: str, base: Any, x: torch.Tensor) -> torch.Tensor:

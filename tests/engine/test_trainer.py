@@ -22,7 +22,7 @@ from persona.engine.protocol import AdapterRef, Example, Plan, Progress, TrainRe
 from persona.engine.shape import TARGETS
 from persona.errors import TrainingFailed
 
-PLAN = Plan(rank=8, alpha=16.0, density=0.2, passes=1, batch_tokens=128, slice_tokens=64, learning_rate=5e-3)
+PLAN = Plan(rank=8, alpha=16.0, layers=1.0, passes=1, batch_tokens=128, slice_tokens=64, learning_rate=2e-2)
 
 
 def plan(**changes: Any) -> Plan:
@@ -75,7 +75,7 @@ class Autograd(Whole):
     def project(self, layer: int, target: str, base: Any, x: torch.Tensor) -> torch.Tensor:
         y = x @ base.dense(x.dtype) + (0 if base.bias is None else base.bias)
         factor = self.adapter.factors.get((layer, target))
-        return y if factor is None else y + x @ factor.a @ (factor.b * self.adapter.scale)
+        return y if factor is None else y + x @ factor.a @ (factor.b * self.adapter.header.scale)
 
 
 def plain_gradient(decoder: Decoder, adapter: SparseAdapter, examples: list[Example]) -> tuple[float, torch.Tensor]:
@@ -90,9 +90,7 @@ def plain_gradient(decoder: Decoder, adapter: SparseAdapter, examples: list[Exam
         losses = F.cross_entropy(decoder.logits(h[rows]), torch.tensor(one.tokens)[one.targets], reduction="none")
         loss = loss + one.weight * losses.sum() / total
     loss.backward()  # type: ignore[no-untyped-call]
-    adapter.gather_gradient()
-    assert adapter.values.grad is not None
-    return float(loss.detach()), adapter.values.grad
+    return float(loss.detach()), _taken(adapter)
 
 
 def sliced_gradient(trainer: Trainer, adapter: SparseAdapter) -> tuple[float, torch.Tensor]:
@@ -106,33 +104,37 @@ def sliced_gradient(trainer: Trainer, adapter: SparseAdapter) -> tuple[float, to
                 next(slices)
         except StopIteration as ended:
             loss += ended.value
-    adapter.gather_gradient()
+    return loss, _taken(adapter)
+
+
+def _taken(adapter: SparseAdapter) -> torch.Tensor:
+    """The gradient that came together, which is cleared."""
     assert adapter.values.grad is not None
-    return loss, adapter.values.grad
+    gradient = adapter.values.grad.clone()
+    adapter.values.grad.zero_()
+    return gradient
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("top", [0, 1])
+@pytest.mark.parametrize("share", [1.0, 0.5])
 def test_the_gradient_is_that_of_plain_autograd_that_ends_at_the_context(
-    models: Models, tmp_path: Path, kind: str, top: int
+    models: Models, tmp_path: Path, kind: str, share: float
 ) -> None:
     decoder, examples = models.decoder(kind), [example(20, 1, 1.0), example(30, 2, 2.5, start=9), example(9, 3, 0.5)]
     # Two that share their context and a part of their words, one of them twice.
     examples += [Example([*some_tokens(12, seed=4), 7, 8, last], [12, 13, 14], 1.5) for last in (9, 10, 10)]
     decoder.dtype = torch.float32
-    made = request(tmp_path, examples, top_layers=top, density=1.0, batch_tokens=1024)
+    made = request(tmp_path, examples, layers=share, batch_tokens=1024)
     trainer = Trainer(decoder, models.prepared(kind).base, made, None)
     adapter = trainer._adapter
     list(adapter.build())
-    with torch.no_grad():
-        adapter.values.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
-    adapter.scatter()
+    adapter.values.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
     loss, gradient = sliced_gradient(trainer, adapter)
     wanted_loss, wanted = plain_gradient(decoder, adapter, examples)
     assert gradient.abs().max() > 1e-3
     assert abs(loss - wanted_loss) < 1e-5
     assert (gradient - wanted).abs().max() < 1e-5 + 1e-4 * float(wanted.abs().max())
-    assert len(gradient) == sum(decoder.shape.projection(t)[0] * 8 * (top or decoder.shape.layers) for t in TARGETS)
+    assert len(gradient) == 8 * sum(sum(decoder.shape.projection(t)) for t in TARGETS) * share * decoder.shape.layers
 
 
 def test_examples_in_one_pack_do_not_see_each_other(models: Models, tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_training_is_deterministic(models: Models, tmp_path: Path) -> None:
 
 def test_a_run_that_starts_from_a_version_continues_it(models: Models, tmp_path: Path) -> None:
     examples = learnable(40)
-    first = run(models, request(tmp_path / "first", examples))
+    first = run(models, request(tmp_path / "first", examples, passes=3))
     second = run(models, request(tmp_path / "second", examples, adapters.reference(tmp_path / "first")))
     assert second[0].loss < 0.9 * first[0].loss
     assert second[-1].loss < first[-1].loss
@@ -188,7 +190,7 @@ def test_a_version_of_another_form_is_no_start(models: Models, tmp_path: Path) -
 
 
 def test_only_the_top_layers_are_adapted_when_told(models: Models, tmp_path: Path) -> None:
-    run(models, request(tmp_path, learnable(), top_layers=1))
+    run(models, request(tmp_path, learnable(), layers=0.5))
     adapter = adapter_file.parse((tmp_path / FILE).read_bytes())
     assert (adapter.header.first, adapter.header.layers) == (1, 1)
 
@@ -238,33 +240,33 @@ def test_threat_09_a_single_huge_step_does_not_get_through(models: Models, tmp_p
 def test_threat_09_steps_that_are_not_finite_are_skipped_then_the_run_ends(models: Models, tmp_path: Path) -> None:
     made = request(tmp_path, learnable(40))
     trainer = Trainer(models.decoder(), models.prepared().base, made, None)
-    steps = []
+    steps, before, update = [], [], trainer._update
 
-    def poison() -> None:
-        for factor in trainer._adapter.factors.values():
-            factor.b.grad = torch.full_like(factor.b, torch.nan)
-        gather()
+    def poison(*how: Any) -> Any:
+        before.append(trainer._adapter.values.clone())
+        trainer._adapter.values.grad.fill_(torch.nan)  # type: ignore[union-attr]
+        return update(*how)
 
-    gather, trainer._adapter.gather_gradient = trainer._adapter.gather_gradient, poison  # type: ignore[method-assign]
+    trainer._update = poison  # type: ignore[method-assign]
     slices = trainer.slices()
     with pytest.raises(TrainingFailed, match="not finite"):
         steps.extend(progress.skipped for progress in slices if progress is not None)
-    assert not trainer._adapter.values.any()  # nothing of it was taken over
+    assert torch.equal(trainer._adapter.values, before[0])  # nothing of it was taken over
     assert steps == [1, 2, 3]
     assert not (tmp_path / FILE).exists()
 
 
 def test_threat_09_one_step_that_is_not_finite_is_only_left_out(models: Models, tmp_path: Path) -> None:
     trainer = Trainer(models.decoder(), models.prepared().base, request(tmp_path, learnable(40)), None)
-    gather, calls = trainer._adapter.gather_gradient, []
+    update, calls = trainer._update, []
 
-    def poison_first() -> None:
+    def poison_first(*how: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             next(iter(trainer._adapter.factors.values())).b.grad[0] = torch.inf  # type: ignore[index]
-        gather()
+        return update(*how)
 
-    trainer._adapter.gather_gradient = poison_first  # type: ignore[method-assign]
+    trainer._update = poison_first  # type: ignore[method-assign]
     steps = trained(trainer)
     assert steps[-1].done
     assert steps[-1].skipped == 1
@@ -313,7 +315,7 @@ def test_a_slice_is_one_layer_of_one_pack_one_chunk_of_the_head_or_a_part_of_the
     layers, all_packs = 2, [pack for batch in trainer._batches for pack in batch]
     heads = sum(-(-sum(len(e.targets) for e in p.examples) // HEAD_ROWS) for p in all_packs)
     building = layers * len(TARGETS)
-    updates = 2 * len(trainer._batches)  # gather, step; the scatter comes with the progress
+    updates = len(trainer._batches)
     slices = building + 2 * layers * len(all_packs) + heads + updates
     assert len(all_packs) == 5
     assert found.count(None) == slices

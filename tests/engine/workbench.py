@@ -57,12 +57,11 @@ class Bench:
         self.scheduler = Scheduler(
             PagePool(pages, page), max_running=running, max_waiting=waiting, prefill_tokens=prefill
         )
-        shared = lora.Shared()
         self.tiers = Tiers(
             self.shape,
             self.prepared.base,
             budget,
-            lambda found: lora.promote(found, self.shape, self.decoder.dtype, self.decoder.device, shared),
+            lambda found: lora.promote(found, self.shape, self.decoder.dtype, self.decoder.device),
         )
         health = Health(self.prepared.base, "tiny", "cpu", weights, context)
         self.loop = EngineLoop(

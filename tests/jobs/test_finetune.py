@@ -57,7 +57,7 @@ async def test_the_plan_comes_from_the_settings(world: World, ann: User, tell: T
     await tell(40)
     await world.train(ann)
     plan, wanted = world.engine.trained[0].plan, world.settings.learning
-    assert (plan.rank, plan.alpha, plan.density, plan.passes) == (wanted.rank, wanted.alpha, wanted.density, 2)
+    assert (plan.rank, plan.alpha, plan.layers, plan.passes) == (wanted.rank, wanted.alpha, wanted.layers, 2)
     assert (plan.learning_rate, plan.batch_tokens, plan.slice_tokens) == (
         wanted.learning_rate,
         wanted.batch_tokens,

@@ -1,0 +1,65 @@
+"""A file of several people's histories, one JSON object a line, as an experiment reads it.
+
+The same lines that `persona history import` takes, each naming its author in "user".
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona.errors import RequestError, Unprocessable
+from persona.wire import decode
+from storage import import_lines
+from storage.history import ImportItem
+from storage.import_lines import WireItem
+
+
+class _Named(WireItem, kw_only=True):
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Somebody and what they wrote, in the order of the file, which is that of time."""
+
+    name: str
+    items: tuple[ImportItem, ...]
+
+
+def read(
+    file: Path, *, only: Collection[str] = (), without: Collection[str] = (), limit: int | None = None
+) -> list[Person]:
+    """The people of `file` in the order in which they first appear; the first `limit` of those that are wanted.
+
+    only: nobody but these, in this order. Raises RequestError naming the line or the name that is wrong.
+    """
+    found: dict[str, list[ImportItem]] = {}
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    named = _named(file, number, line)
+                    found.setdefault(named.user, []).append(_item(file, number, named))
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read: {error.strerror}.") from None
+    for name in (*only, *without):
+        if name not in found:
+            raise RequestError(f"{file} holds nobody called {name}.")
+    names = [name for name in (only or found) if name not in without][:limit]
+    if not names:
+        raise RequestError(f"{file} holds no history.")
+    return [Person(name, tuple(found[name])) for name in names]
+
+
+def _named(file: Path, number: int, line: bytes) -> _Named:
+    try:
+        return decode(line, _Named)
+    except RequestError as error:
+        raise RequestError(f"Line {number} of {file}: {error.message}", param=error.param) from None
+
+
+def _item(file: Path, number: int, named: _Named) -> ImportItem:
+    try:
+        return import_lines.item(number, named)
+    except Unprocessable as error:
+        raise RequestError(f"{file}: {error.message}", param=error.param) from None

@@ -1,0 +1,44 @@
+"""From settings to what the trainer is told: the form of an adapter, how it is trained, and what it starts from."""
+
+import hashlib
+from pathlib import Path
+
+from persona.engine import adapter_file
+from persona.engine.protocol import AdapterRef, Plan
+from persona.errors import ConfigurationError
+from persona.settings import Learning
+
+NOBODY = 0  # user id of a prior
+
+
+def plan(learning: Learning, passes: int) -> Plan:
+    """How the settings want a run of so many passes."""
+    return Plan(
+        rank=learning.rank,
+        alpha=learning.alpha,
+        layers=learning.layers,
+        passes=passes,
+        batch_tokens=learning.batch_tokens,
+        slice_tokens=learning.slice_tokens,
+        learning_rate=learning.learning_rate,
+        max_tokens=learning.max_run_tokens,
+    )
+
+
+def shape(plan: Plan) -> list[float]:
+    """What two versions must share so that one can go on from the other."""
+    return [plan.rank, plan.alpha, plan.layers, plan.seed]
+
+
+def prior(learning: Learning) -> AdapterRef | None:
+    """The adapter from which users start. Raises ConfigurationError if its folder holds none."""
+    return folder(Path(learning.prior)) if learning.prior else None
+
+
+def folder(path: Path) -> AdapterRef:
+    """An adapter that is nobody's version. Raises ConfigurationError if the folder holds none."""
+    try:
+        content = (path / adapter_file.FILE).read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"The prior {path / adapter_file.FILE} cannot be read: {error.strerror}.") from None
+    return AdapterRef(NOBODY, 0, str(path.absolute()), hashlib.sha256(content).hexdigest())

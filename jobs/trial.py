@@ -1,0 +1,344 @@
+"""The instrument: does an adapter predict its person's next words better, and whose adapter is it?
+
+Each history is cut into rounds. A round trains on what came before, as a run of the service does, from the version of
+the round before; then it is tested on the newest messages, which no version has seen. All losses are those of the draft
+frame, per token of the person's own words, each message under what stood before it. The rounds give a curve; the last
+one is measured under every condition:
+
+    base, prior         the bare base; an adapter of other people from which everybody started
+    adapter, stale      the person's own; their own of the round before
+    wrong_user          that of the next person in the list
+    …_context           the same with quoted history in the prompt: of the kind that helps the bare base most
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from jobs import answers, dataset, evaluate
+from jobs.dataset import HeldOut
+from jobs.people import Person
+from jobs.plans import plan
+from persona import frames, prompt
+from persona.domain import ChatTokenizer, Entry, EntryId, Message, Role, UserId
+from persona.engine import adapter_file
+from persona.engine.faces import Engine
+from persona.engine.protocol import AdapterRef, Progress, ScoreRequest, TrainRequest
+from persona.errors import RequestError, TrainingFailed
+from persona.settings import Settings
+from storage.history import History
+from storage.users import Users
+
+CANDIDATES = 10  # messages of which one is the next
+WINDOW = 400  # entries before a message that a quotation may reach back to
+FOUND = 64  # entries looked at for a quotation by search
+
+Notify = Callable[[str, int, int], None]  # what is done, so many parts, of so many
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Quoted history of at most `tokens` tokens: the newest entries, or those that search finds."""
+
+    kind: str  # recent or found
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"context_{self.kind}_{self.tokens}"
+
+
+CONTEXTS = tuple(Context(kind, tokens) for tokens in (256, 1024) for kind in ("recent", "found"))
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to measure.
+
+    tokens: own tokens of each history that are used, the newest; None: all · rounds: how often each person learns ·
+    probes: messages a person for the two recognition tests, 0: leave them out · questions: with known answers.
+    """
+
+    tokens: int | None = None
+    rounds: int = 3
+    contexts: tuple[Context, ...] = CONTEXTS
+    probes: int = 10
+    questions: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.contexts or self.contexts[0].tokens != min(context.tokens for context in self.contexts):
+            raise RequestError("Name at least one context, those with the fewest tokens first.")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A person after one round: what was trained, on how much, and what it is tested by."""
+
+    adapter: AdapterRef
+    own_tokens: int  # absorbed so far
+    watermark: EntryId
+    held_out: list[HeldOut]
+    bytes: int
+    seconds: float  # of this round's training
+
+
+@dataclass(slots=True)
+class Result:
+    """One person, measured. `nats[condition]`: one value per held-out message, whose lengths are `lengths`."""
+
+    name: str
+    own_tokens: int
+    lengths: list[int] = field(default_factory=list)
+    nats: dict[str, list[float]] = field(default_factory=dict)
+    chosen: str = ""  # the context that helps the bare base most, among the shortest
+    curve: list[dict[str, float]] = field(default_factory=list)  # loss per condition after each round
+    reference: dict[str, float] = field(default_factory=dict)
+    recognised: dict[str, float] = field(default_factory=dict)  # shares of probes
+    answered: dict[str, float] = field(default_factory=dict)  # shares of questions
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def loss(self, condition: str) -> float:
+        """Nats per token."""
+        return float(np.sum(self.nats[condition]) / np.sum(self.lengths))
+
+
+class Trial:
+    """One experiment in an empty home with an engine of its own."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        users: Users,
+        history: History,
+        engine: Engine,
+        tokenizer: ChatTokenizer,
+        folder: Path,
+        prior: AdapterRef | None = None,
+        notify: Notify = lambda what, done, total: None,
+    ) -> None:
+        """folder: for the adapters · prior: from which everybody starts."""
+        self._settings, self._users, self._history = settings, users, history
+        self._engine, self._tokenizer, self._folder, self._prior = engine, tokenizer, folder, prior
+        self._notify = notify
+
+    async def run(self, people: Sequence[Person], options: Options) -> list[Result]:
+        """Everybody learns, then everybody is measured. Raises RequestError for a history that is too short."""
+        classes = [await self._enrol(number, person, options) for number, person in enumerate(people)]
+        stages = [await self._learn(one, options.rounds) for one in classes]
+        results = []
+        for place, one in enumerate(classes):
+            wrong = stages[(place + 1) % len(stages)][-1].adapter if len(stages) > 1 else None
+            self._notify(f"measuring {one.name}", place, len(classes))
+            results.append(await self._measure(one, stages[place], wrong, options))
+        if options.probes:
+            await self._recognise(classes, [mine[-1] for mine in stages], results, options.probes)
+        if options.questions:
+            await self._question(stages, results, options.questions)
+        return results
+
+    # --- learning
+
+    async def _enrol(self, number: int, person: Person, options: Options) -> "_Pupil":
+        """The person as a user with the newest part of their history."""
+        user = await self._users.add(f"p{number}")  # whatever they are called
+        await self._history.import_(user.id, person.items, count=self._count, now=datetime.now(UTC))
+        entries = await self._history.recent(user.id, EntryId(0), exclude=(), limit=len(person.items))
+        if options.tokens is not None:
+            room = options.tokens
+            for start in range(len(entries) - 1, -1, -1):
+                room -= self._count(dataset.own_words(entries[start].text)) if entries[start].role is Role.USER else 0
+                if room < 0:
+                    entries = entries[start + 1 :]
+                    break
+        return _Pupil(person.name, user.id, entries)
+
+    async def _learn(self, pupil: "_Pupil", rounds: int) -> list[Stage]:
+        stages: list[Stage] = []
+        for number in range(1, rounds + 1):
+            self._notify(f"{pupil.name} learns", number - 1, rounds)
+            seen = pupil.entries[: len(pupil.entries) * number // rounds]
+            stages.append(await self._round(pupil, seen, stages[-1] if stages else None))
+        return stages
+
+    async def _round(self, pupil: "_Pupil", seen: Sequence[Entry], before: Stage | None) -> Stage:
+        """What a run of the service does with the entries `seen`, from the version of the round before."""
+        learning = self._settings.learning
+        watermark = before.watermark if before else EntryId(0)
+        data = await asyncio.to_thread(
+            dataset.build,
+            [entry for entry in seen if entry.id > watermark],
+            replay=[entry for entry in seen if entry.id <= watermark],
+            seen=watermark,
+            tokenizer=self._tokenizer,
+            settings=learning,
+            system=self._settings.prompt.system,
+            longest=self._settings.engine.context,
+        )
+        if isinstance(data, dataset.Deferred):
+            raise RequestError(f"The history of {pupil.name} is too short for this trial. {data.reason}")
+        out = self._folder / f"{pupil.user_id}-{len(seen)}"
+        out.mkdir(parents=True)
+        start = before.adapter if before else self._prior
+        wanted = plan(learning, data.passes)
+        last = await self._train(TrainRequest([s.example for s in data.examples], wanted, str(out), start))
+        made = out / adapter_file.FILE
+        ref = AdapterRef(pupil.user_id, len(seen), str(out), hashlib.sha256(made.read_bytes()).hexdigest())
+        absorbed = (before.own_tokens if before else 0) + data.new_tokens
+        return Stage(ref, absorbed, data.watermark, data.held_out, made.stat().st_size, last.seconds)
+
+    async def _train(self, request: TrainRequest) -> Progress:
+        async for progress in self._engine.train(request):
+            if progress.done:
+                return progress
+        raise TrainingFailed("The engine ended the training without a result.")
+
+    # --- measuring
+
+    async def _measure(
+        self, pupil: "_Pupil", stages: list[Stage], wrong: AdapterRef | None, options: Options
+    ) -> Result:
+        last, short = stages[-1], options.contexts[0].tokens
+        result = Result(pupil.name, last.own_tokens, bytes=last.bytes, seconds=sum(s.seconds for s in stages))
+        result.lengths = [len(self._draft(message, "").targets) for message in last.held_out]
+        measure = _Measure(self, pupil, last.held_out, result)
+        await measure("base", None)
+        for context in options.contexts:
+            await measure(context.name, None, context)
+        shortest = [context for context in options.contexts if context.tokens == short]
+        chosen = min(shortest, key=lambda context: result.loss(context.name))
+        result.chosen, result.nats["context"] = chosen.name, result.nats[chosen.name]
+        sides = {"adapter": last.adapter, "prior": self._prior, "wrong_user": wrong}
+        sides["stale"] = stages[-2].adapter if len(stages) > 1 else None
+        for name, adapter in sides.items():
+            if adapter is not None:
+                await measure(name, adapter)
+                await measure(f"{name}_context", adapter, chosen)
+        for stage in stages[:-1]:
+            result.curve.append(await self._point(pupil, stage, chosen))
+        last_point = {name: result.loss(name) for name in ("base", "context", "adapter", "adapter_context")}
+        result.curve.append({"tokens": last.own_tokens, **last_point})
+        for name, adapter in (("base", None), ("adapter", last.adapter)):
+            result.reference[name] = await self._reference(adapter)
+        return result
+
+    async def _point(self, pupil: "_Pupil", stage: Stage, context: Context) -> dict[str, float]:
+        """The curve after an earlier round, on the messages that came next then."""
+        then = Result(pupil.name, stage.own_tokens)
+        then.lengths = [len(self._draft(message, "").targets) for message in stage.held_out]
+        measure = _Measure(self, pupil, stage.held_out, then)
+        await measure("base", None)
+        await measure("context", None, context)
+        await measure("adapter", stage.adapter)
+        await measure("adapter_context", stage.adapter, context)
+        return {"tokens": stage.own_tokens, **{name: then.loss(name) for name in then.nats}}
+
+    async def scored(self, framed: Sequence[frames.Framed], adapter: AdapterRef | None) -> list[list[float]]:
+        """Log-probabilities of the targets of each."""
+        return await self._engine.score_all([ScoreRequest(one.tokens, one.targets, adapter) for one in framed])
+
+    async def quoted(self, pupil: "_Pupil", message: HeldOut, context: Context | None) -> str:
+        """History that stood before `message`, as a prompt quotes it."""
+        if context is None:
+            return ""
+        if context.kind == "recent":
+            lately = [e for e in pupil.before(message) if e.id not in message.conversation][-WINDOW:]
+            return prompt.quote_recent(dataset.redacted(lately), self._tokenizer, context.tokens).text
+        said = "\n".join(line.text for line in message.lines) or pupil.before(message)[-1].text
+        mine = {entry.id for entry in pupil.entries}
+        found = await self._history.search(
+            pupil.user_id, said, limit=FOUND, before=message.entry_id, exclude=message.conversation
+        )
+        some = dataset.redacted([entry for entry in found if entry.id in mine])
+        return prompt.quote_found(some, self._tokenizer, context.tokens).text
+
+    def _draft(self, message: HeldOut, quoted: str, text: str | None = None) -> frames.Framed:
+        lines = frames.trim_lines(message.lines, self._settings.learning.context_tokens, self._tokenizer)
+        framed = frames.draft(lines, message.text if text is None else text, quoted=quoted, tokenizer=self._tokenizer)
+        return framed.clipped(targets=dataset.TARGET_TOKENS, tokens=self._settings.engine.context)
+
+    async def _reference(self, adapter: AdapterRef | None) -> float:
+        """Loss per token on the answers that an assistant must not unlearn."""
+        system = Message(Role.SYSTEM, self._settings.prompt.system)
+        framed = [
+            frames.reply([system, Message(Role.USER, ask)], answer, tokenizer=self._tokenizer)
+            for ask, answer in evaluate.reference()
+        ]
+        found = await self.scored(framed, adapter)
+        return -sum(map(sum, found)) / sum(map(len, found))
+
+    # --- recognising
+
+    async def _recognise(
+        self, pupils: Sequence["_Pupil"], last: Sequence[Stage], results: Sequence[Result], probes: int
+    ) -> None:
+        """Whether the adapter finds the next message among others', and whether a message finds its adapter."""
+        pool = [(place, message) for place, stage in enumerate(last) for message in stage.held_out]
+        for place, (pupil, stage, result) in enumerate(zip(pupils, last, results, strict=True)):
+            self._notify(f"recognising {pupil.name}", place, len(pupils))
+            some = stage.held_out[-probes:]
+            others = [message for owner, message in pool if owner != place]
+            if len(others) >= CANDIDATES - 1:
+                for name, adapter in (("base", None), ("adapter", stage.adapter)):
+                    hits = [await self._next_among(message, others, adapter) for message in some]
+                    result.recognised[f"next_of_{CANDIDATES}_{name}"] = sum(hits) / len(hits)
+            if len(last) > 1:
+                table = np.array([await self._nats(some, other.adapter) for other in last])  # [people, messages]
+                result.recognised["author"] = float((table.argmin(0) == place).mean())
+                result.recognised["author_together"] = float(table.sum(1).argmin() == place)
+
+    async def _next_among(self, message: HeldOut, others: Sequence[HeldOut], adapter: AdapterRef | None) -> bool:
+        """Whether the likeliest per token is the true one, among those of other people with the nearest lengths."""
+        near = sorted(others, key=lambda other: (abs(other.tokens - message.tokens), other.entry_id))
+        texts = [message.text, *(other.text for other in near[: CANDIDATES - 1])]
+        found = await self.scored([self._draft(message, "", text) for text in texts], adapter)
+        means = [sum(values) / len(values) for values in found]
+        return max(range(len(means)), key=means.__getitem__) == 0
+
+    async def _nats(self, messages: Sequence[HeldOut], adapter: AdapterRef) -> list[float]:
+        found = await self.scored([self._draft(message, "") for message in messages], adapter)
+        return [-sum(values) for values in found]
+
+    async def _question(self, stages: Sequence[list[Stage]], results: Sequence[Result], limit: int) -> None:
+        """Whether the assistant still knows what it knew."""
+        bare = await answers.answered(self._engine, self._tokenizer, None, self._settings, limit)
+        for place, (mine, result) in enumerate(zip(stages, results, strict=True)):
+            self._notify(f"asking beside {result.name}", place, len(results))
+            own = await answers.answered(self._engine, self._tokenizer, mine[-1].adapter, self._settings, limit)
+            result.answered = {"base": sum(bare) / len(bare), "adapter": sum(own) / len(own)}
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pupil:
+    """A person in the trial: entries in order."""
+
+    name: str
+    user_id: UserId
+    entries: list[Entry]
+
+    def before(self, message: HeldOut) -> list[Entry]:
+        return [entry for entry in self.entries if entry.id < message.entry_id]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """Measures one person's messages under one condition after another."""
+
+    trial: Trial
+    pupil: _Pupil
+    messages: Sequence[HeldOut]
+    result: Result
+
+    async def __call__(self, name: str, adapter: AdapterRef | None, context: Context | None = None) -> None:
+        quoted = [await self.trial.quoted(self.pupil, message, context) for message in self.messages]
+        framed = [self.trial._draft(message, text) for message, text in zip(self.messages, quoted, strict=True)]
+        found = await self.trial.scored(framed, adapter)
+        self.result.nats[name] = [-sum(values) for values in found]

@@ -1,0 +1,68 @@
+"""An engine of one's own in a home that is gone afterwards: for experiments, beside a service or without one."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona.doctor import available_memory
+from persona.domain import ChatTokenizer
+from persona.engine.client import LocalEngine
+from persona.engine.faces import Engine
+from persona.engine.prepare import Prepared
+from persona.engine.text import Text
+from persona.errors import ConfigurationError
+from persona.settings import Settings
+from storage.database import Database
+
+MEMORY_MB = 768  # for cache and adapters, at most: few sequences run at once
+SLICE_TOKENS = 512  # nobody waits for a step between two slices
+_OVERHEAD = 1 << 30  # bytes of a process with torch in it, and of activations
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """The parts of an experiment."""
+
+    settings: Settings
+    engine: Engine
+    tokenizer: ChatTokenizer
+    database: Database
+    base: str
+
+
+@asynccontextmanager
+async def private(settings: Settings, prepared: Prepared) -> AsyncIterator[Private]:
+    """An engine with the prepared model and an empty database. Raises ConfigurationError if memory is short."""
+    weights = sum(file.stat().st_size for file in prepared.folder.iterdir())
+    wanted = 2 * weights + (MEMORY_MB << 20) + _OVERHEAD
+    if (available := available_memory()) < wanted:
+        raise ConfigurationError(
+            f"An engine of its own wants {wanted >> 20} MiB of memory and {available >> 20} are available:"
+            " stop the service or other programs meanwhile."
+        )
+    with tempfile.TemporaryDirectory(prefix="persona-") as home:
+        mine = _adapted(settings, Path(home))
+        tokenizer = await asyncio.to_thread(Text.load, prepared.folder)
+        database = await Database.open(mine.database)
+        engine = LocalEngine(mine, prepared)
+        try:
+            await engine.start()
+            yield Private(mine, engine, tokenizer, database, prepared.base)
+        finally:
+            await engine.stop()
+            await database.close()
+
+
+def _adapted(settings: Settings, home: Path) -> Settings:
+    engine = settings.engine
+    changed = engine.model_copy(
+        update={
+            "memory_mb": min(engine.memory_mb, MEMORY_MB),
+            "prefill_tokens": max(engine.prefill_tokens, SLICE_TOKENS),
+        }
+    )
+    learning = settings.learning.model_copy(update={"slice_tokens": max(settings.learning.slice_tokens, SLICE_TOKENS)})
+    return settings.model_copy(update={"home": home, "engine": changed, "learning": learning})

@@ -1,0 +1,127 @@
+"""`persona eval --data FILE`: an experiment on people's histories, with an engine of its own in a temporary home."""
+
+import asyncio
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jobs import people, plans, summary
+from jobs.trial import CONTEXTS, Context, Options, Result, Trial
+from persona import chart
+from persona.app_private import Private, private
+from persona.cli_screen import emit, progress, say, table
+from persona.cli_serve import fetched
+from persona.engine.protocol import AdapterRef
+from persona.errors import RequestError
+from persona.settings import Settings
+from storage.history import History
+from storage.users import Users
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """The options of the command, as they were typed."""
+
+    data: Path
+    users: int | None
+    only: str
+    without: str
+    contexts: str
+    prior: Path | None
+    plot: Path | None
+    options: Options
+
+
+def context(text: str) -> tuple[Context, ...]:
+    """«recent:256,found:1024» → contexts, the shortest first. Raises RequestError."""
+    found = []
+    for part in filter(None, text.split(",")):
+        kind, _, tokens = part.strip().partition(":")
+        if kind not in ("recent", "found") or not tokens.isdecimal() or not 16 <= int(tokens) <= 8192:
+            raise RequestError(f"{part!r} is no context: write recent:TOKENS or found:TOKENS, 16 to 8192 tokens.")
+        found.append(Context(kind, int(tokens)))
+    return tuple(sorted(found, key=lambda one: one.tokens)) or CONTEXTS
+
+
+def names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def trial(configuration: Settings, wishes: Wishes, *, json: bool) -> None:
+    """Run the experiment and show what it says."""
+    some = people.read(wishes.data, only=names(wishes.only), without=names(wishes.without), limit=wishes.users)
+    prior = plans.folder(wishes.prior) if wishes.prior else None
+    if wishes.plot and not wishes.plot.absolute().parent.is_dir():
+        raise RequestError(f"{wishes.plot.parent} is no folder to draw into.")
+    results, base = asyncio.run(_run(configuration, some, prior, wishes.options))
+    said: dict[str, Any] = {
+        "users": [summary.as_dict(result) for result in results],
+        "summary": summary.summary(results),
+        "base": base,
+    }
+    if wishes.plot:
+        wishes.plot.write_text(chart.svg(said), encoding="utf-8")
+    if json:
+        emit(said)
+    else:
+        _show(results, said["summary"])
+
+
+async def _run(
+    configuration: Settings, some: list[people.Person], prior: AdapterRef | None, options: Options
+) -> tuple[list[Result], str]:
+    prepared = await asyncio.to_thread(fetched, configuration)
+    async with private(configuration, prepared) as parts:
+        with _bar() as bar:
+            if prior is not None:
+                await parts.engine.stage(prior)
+            return await _trial(parts, prior, bar).run(some, options), parts.base
+
+
+def _trial(parts: Private, prior: AdapterRef | None, bar: Progress) -> Trial:
+    task = bar.add_task("starting", total=1)
+
+    def notify(what: str, done: int, total: int) -> None:
+        bar.update(task, description=what, completed=done, total=total)
+
+    users, history = Users(parts.database), History(parts.database)
+    folder = parts.settings.adapters
+    return Trial(parts.settings, users, history, parts.engine, parts.tokenizer, folder, prior, notify)
+
+
+def _bar() -> AbstractContextManager[Progress]:
+    return progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
+    )
+
+
+def _show(results: list[Result], said: dict[str, Any]) -> None:
+    rows = []
+    for result in results:
+        low, high = summary.interval(result, "context", "adapter_context")
+        losses = {name: f"{result.loss(name):.3f}" for name in result.nats}
+        share = summary.gain(result, "context", "adapter_context")
+        rows.append(
+            {
+                "user": result.name,
+                "tokens": result.own_tokens,
+                **losses,
+                "gain": f"{share:.1%} ({low:.1%} … {high:.1%})",
+            }
+        )
+    shown = ["base", "context", "prior_context", "adapter", "adapter_context", "wrong_user"]
+    table(
+        rows, ["user", "tokens", *(name for name in shown if name in results[0].nats), "gain"], "Nobody was measured."
+    )
+    say("Loss per token of the person's own words; gain: of adapter and context together over context alone.")
+    for name, one in said.items():
+        told = name.replace("_", " ")
+        if isinstance(one, dict) and "gain" in one:
+            better = f"{one['better']:.0%} of {one['people']} people better"
+            say(f"{told}: {one['gain']:.1%} ({one['low']:.1%} … {one['high']:.1%}), {better}")
+        elif isinstance(one, dict) and name != "losses":
+            say(f"{told}: {', '.join(f'{key} {value:.3f}' for key, value in one.items())}")

@@ -1,0 +1,62 @@
+"""Histories of several people in one file: who is in it, in which order, and what is wrong with it."""
+
+from pathlib import Path
+
+import people as files
+import pytest
+
+from jobs import people
+from persona.errors import RequestError
+
+
+def test_everybody_is_read_with_their_own_messages_in_the_files_order(tmp_path: Path) -> None:
+    found = people.read(files.write(tmp_path / "all.jsonl", count=4))
+    assert [person.name for person in found] == ["ann", "bob", "eve"]
+    assert all([item.id for item in person.items] == [f"{person.name}-{i}" for i in range(4)] for person in found)
+    assert found[0].items[0].context[0].author == "zoe"
+
+
+def test_people_can_be_chosen_left_out_and_limited(tmp_path: Path) -> None:
+    file = files.write(tmp_path / "all.jsonl", count=1)
+
+    def names(**how: object) -> list[str]:
+        return [person.name for person in people.read(file, **how)]  # type: ignore[arg-type]
+
+    assert names(only=["eve", "ann"]) == ["eve", "ann"]
+    assert names(without=["ann"]) == ["bob", "eve"]
+    assert names(limit=2) == ["ann", "bob"]
+    assert names(only=["eve", "bob"], limit=1) == ["eve"]
+
+
+BAD = [
+    ("[1]\n", "Line 1"),
+    ('{"user": "ann", "ts": 1, "text": "a"}\n{"user": "ann"}\n', "Line 2"),
+    ('{"ts": 1, "text": "a"}\n', "user"),
+    ('{"user": "ann", "ts": "yesterday", "text": "a"}\n', "Item 1"),
+    ('{"user": "ann", "ts": 1, "text": " "}\n', "no text"),
+    ('{"user": "ann", "ts": 1, "text": "a", "role": "king"}\n', "role"),
+    ("", "holds no history"),
+    ("\n\n", "holds no history"),
+    ('{"user": "ann", "ts": 1, "text": "s\xe9cret\n', "Line 1"),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), BAD)
+def test_what_is_no_history_is_refused_by_line_and_never_quoted(tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "all.jsonl"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(RequestError, match=said) as refused:
+        people.read(file)
+    assert "cret" not in refused.value.message
+
+
+def test_an_unknown_name_and_a_missing_file_are_told(tmp_path: Path) -> None:
+    file = files.write(tmp_path / "all.jsonl", count=1)
+    with pytest.raises(RequestError, match="nobody called zoe"):
+        people.read(file, only=["zoe"])
+    with pytest.raises(RequestError, match="nobody called zoe"):
+        people.read(file, without=["zoe"])
+    with pytest.raises(RequestError, match="holds no history"):
+        people.read(file, without=["ann", "bob", "eve"])
+    with pytest.raises(RequestError, match="cannot be read: No such file"):
+        people.read(tmp_path / "none.jsonl")

@@ -1,0 +1,150 @@
+"""The instrument on a real small engine: everybody learns their own words, and what is tested was never trained on."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import people as files
+import pytest
+from models import Models
+
+from jobs import people, plans, prior
+from jobs.trial import Context, Options, Trial
+from persona.app_private import Private, private
+from persona.domain import EntryId
+from persona.engine.protocol import ScoreRequest, TrainRequest
+from persona.errors import RequestError
+from persona.settings import Settings
+from storage.history import History
+from storage.users import Users
+
+CONTEXTS = (Context("recent", 256), Context("found", 256), Context("recent", 400))
+LEARNING = {"held_out_messages": 6, "held_out_tokens": 30, "min_aged_tokens": 20, "learning_rate": 0.02, "passes": 4}
+SETTINGS = {
+    "model": {"device": "cpu"},
+    "engine": {"context": 1024, "memory_mb": 64, "threads": 1},
+    "learning": LEARNING,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+async def parts(models: Models) -> AsyncIterator[Private]:
+    async with private(Settings.model_validate(SETTINGS), models.prepared()) as made:
+        yield made
+
+
+def trial(parts: Private, **more: object) -> Trial:
+    users, history = Users(parts.database), History(parts.database)
+    folder = parts.settings.adapters
+    return Trial(parts.settings, users, history, parts.engine, parts.tokenizer, folder, **more)  # type: ignore[arg-type]
+
+
+async def test_everybody_is_better_served_by_their_own_adapter(parts: Private, tmp_path: Path) -> None:
+    some = people.read(files.write(tmp_path / "all.jsonl", count=80))
+    told: list[str] = []
+    made = trial(parts, notify=lambda what, done, total: told.append(what))
+    results = await made.run(some, Options(rounds=2, contexts=CONTEXTS, probes=4))
+    assert [result.name for result in results] == ["ann", "bob", "eve"]
+    for result in results:
+        assert result.loss("adapter") < result.loss("base") - 0.2
+        assert result.loss("adapter") < result.loss("wrong_user") - 0.2
+        assert result.chosen in ("context_recent_256", "context_found_256")
+        assert result.nats["context"] == result.nats[result.chosen]
+        assert all(len(values) == len(result.lengths) >= 6 for values in result.nats.values())
+        assert [point["tokens"] for point in result.curve] == sorted(point["tokens"] for point in result.curve)
+        assert len(result.curve) == 2
+        assert 0 < result.bytes < 1_000_000
+        assert set(result.reference) == {"base", "adapter"}
+        assert result.recognised["author_together"] == 1.0
+    assert set(results[0].nats) >= {"stale", "stale_context", "wrong_user_context", "adapter_context", "base"}
+    assert "prior" not in results[0].nats
+    assert "bob learns" in told
+
+
+class Watched:
+    """An engine that remembers what trained and what was scored."""
+
+    def __init__(self, engine: object) -> None:
+        self._engine = engine
+        self.trained: list[TrainRequest] = []
+        self.scored: list[ScoreRequest] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+    def train(self, request: TrainRequest) -> object:
+        self.trained.append(request)
+        return self._engine.train(request)  # type: ignore[attr-defined]
+
+    async def score_all(self, requests: list[ScoreRequest]) -> object:
+        self.scored += requests
+        return await self._engine.score_all(requests)  # type: ignore[attr-defined]
+
+
+async def test_nothing_that_is_tested_was_trained_on_and_each_prompt_ends_before_its_message(
+    parts: Private, tmp_path: Path
+) -> None:
+    some = people.read(files.write(tmp_path / "all.jsonl", count=40, people=("ann",)))
+    marked = [item.__class__(f"{item.text} end{i:02}", item.ts, item.id) for i, item in enumerate(some[0].items)]
+    watched, made = Watched(parts.engine), trial(parts)
+    made._engine = watched  # type: ignore[assignment]
+    (result,) = await made.run([people.Person("ann", tuple(marked))], Options(rounds=1, contexts=CONTEXTS, probes=0))
+    trained = "\n".join(parts.tokenizer.decode(e.tokens) for request in watched.trained for e in request.examples)
+    count = len(result.lengths)
+    assert "end33" in trained
+    assert not any(f"end{i:02}" in trained for i in range(40 - count, 40))
+    prompts = [parts.tokenizer.decode(request.tokens) for request in watched.scored[: 4 * count]]
+    for place in range(count):
+        number = 40 - count + place
+        for prompt in prompts[place::count]:
+            assert f"end{number:02}" in prompt
+            assert not any(f"end{later:02}" in prompt for later in range(number + 1, 40))
+    assert any(f"end{40 - count - 1:02}" in prompt for prompt in prompts[count : 2 * count])  # recent history is quoted
+
+
+async def test_a_prior_is_where_everybody_starts_and_what_they_are_compared_with(
+    parts: Private, tmp_path: Path
+) -> None:
+    file = files.write(tmp_path / "all.jsonl", count=60)
+    history, users = History(parts.database), Users(parts.database)
+    other = await users.add("eve")
+    items = people.read(file, only=["eve"])[0].items
+    await history.import_(other.id, items, count=len, now=items[-1].ts)
+    entries = await history.recent(other.id, EntryId(0), exclude=(), limit=100)
+    examples = prior.examples([entries], tokenizer=parts.tokenizer, settings=parts.settings, tokens=20_000)
+    folder = tmp_path / "prior"
+    folder.mkdir()
+    steps = [step async for step in prior.train(parts.engine, examples, parts.settings, folder)]
+    assert steps[-1].done
+    results = await trial(parts, prior=plans.folder(folder)).run(
+        people.read(file, without=["eve"]), Options(rounds=1, contexts=CONTEXTS, probes=0)
+    )
+    for result in results:
+        assert result.loss("adapter") < result.loss("prior")
+        assert result.nats["prior"] != result.nats["base"]
+
+
+async def test_only_the_newest_tokens_are_used_when_told(parts: Private, tmp_path: Path) -> None:
+    some = people.read(files.write(tmp_path / "all.jsonl", count=80, people=("ann",)))
+    (whole,) = await trial(parts).run(some, Options(None, 1, CONTEXTS, 0))
+    assert whole.own_tokens > 400
+    await Users(parts.database).forget((await Users(parts.database).all())[0].id)
+    parts.settings.adapters.rename(tmp_path / "whole")
+    (part,) = await trial(parts).run(some, Options(400, 1, CONTEXTS, 0))
+    assert 200 < part.own_tokens < 400
+    assert part.lengths == whole.lengths
+
+
+async def test_a_short_history_is_told_by_name(parts: Private, tmp_path: Path) -> None:
+    some = people.read(files.write(tmp_path / "all.jsonl", count=5, people=("ann",)))
+    with pytest.raises(RequestError, match="history of ann is too short"):
+        await trial(parts).run(some, Options(rounds=1, contexts=CONTEXTS, probes=0))
+
+
+def test_no_context_is_no_trial() -> None:
+    with pytest.raises(RequestError, match="at least one context"):
+        Options(contexts=())
