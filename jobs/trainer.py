@@ -90,11 +90,17 @@ class Trainer:
     """One training run. `slices()` is the whole of it."""
 
     def __init__(
-        self, decoder: Decoder, base: str, request: TrainRequest, start: Adapter | None, share: float = SHARE
+        self,
+        decoder: Decoder,
+        base: str,
+        request: TrainRequest,
+        start: Adapter | None,
+        share: float = SHARE,
+        form: type[SparseAdapter] = SparseAdapter,
     ) -> None:
-        """share: of its time that a training may spend on keeping its state."""
+        """share: of its time that a training may spend on keeping its state · form: another one, for comparisons."""
         self._decoder, self._plan, self._out = decoder, request.plan, Path(request.out)
-        self._adapter = SparseAdapter(decoder.shape, request.plan, base, decoder.dtype, decoder.device)
+        self._adapter = form(decoder.shape, request.plan, base, decoder.dtype, decoder.device)
         self._start = start
         _check(request.examples, decoder.shape.vocab)
         self._batches = self._ordered(request.examples)

@@ -1,0 +1,288 @@
+"""Which form of adapter learns most a byte: the arms of the comparison behind jobs/sparse.py.
+
+    .venv/bin/python tests/bench/forms.py --data FILE.jsonl [--only ann,bob] [--arms fused,dense] [--messages 240]
+
+Each arm trains through the product's trainer, in the draft frame, on each person's messages before the newest 40, and
+is scored on those: nats per own token. One JSON line for each person and arm, with the loss under the next person's
+adapter of the same arm, drift on the reference set, bytes and seconds. Arms are written as name:option=value:…, say
+`frozen:layers=0.5:density=0.2:rate=0.015`. Takes minutes for each line: nothing else should use the machine.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from jobs import evaluate, people
+from jobs.sparse import Factor, SparseAdapter, first_a
+from jobs.trainer import Trainer
+from persona import frames
+from persona.domain import Entry, EntryId, Message, Origin, Role, UserId
+from persona.engine import branches, decoder, device, prepare
+from persona.engine.decoder import Decoder
+from persona.engine.lora import Resident
+from persona.engine.protocol import Example, Plan, TrainRequest
+from persona.engine.shape import TARGETS
+from persona.engine.text import Text
+from persona.settings import Settings
+
+HELD = 40  # newest messages of each person: tested, never trained on
+SIZE = 500  # nodes of a forest
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A form and how it is trained."""
+
+    name: str
+    rank: int = 2
+    layers: float = 1.0
+    density: float = 1.0  # of B, and of A where it trains
+    rate: float = 3e-3
+    bits: int = 16  # of each stored value
+    modules: str = "all"  # or mlp
+
+    @classmethod
+    def parse(cls, text: str) -> "Arm":
+        name, *options = text.split(":")
+        kinds = {"rank": int, "layers": float, "density": float, "rate": float, "bits": int, "modules": str}
+        pairs = (option.split("=", 1) for option in options)
+        return cls(name, **{key: kinds[key](value) for key, value in pairs})  # type: ignore[arg-type]
+
+
+class Form(SparseAdapter):
+    """An arm in the trainer's hands. `pieces[layer, target]`: leaves of the flat vector, and constants."""
+
+    arm: Arm  # set on a subclass for each arm
+    base: Decoder
+
+    def __init__(self, shape, plan: Plan, base: str, dtype: torch.dtype, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(shape, plan, base, dtype, device)
+        self.places = [(n, t) for n in range(self.header.first, shape.layers) for t in self.targets()]
+        size = sum(sum(rows * columns for rows, columns in self.sizes(target)) for _, target in self.places)
+        self.values = torch.zeros(size, device=device)
+        self.values.grad = torch.zeros_like(self.values)
+        self.pieces: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self.random = torch.Generator().manual_seed(plan.seed)
+
+    def targets(self) -> tuple[str, ...]:
+        return ("gate_up", "down") if self.arm.modules == "mlp" else TARGETS
+
+    def build(self) -> Iterator[None]:
+        for layer, target in self.places:
+            self.pieces[layer, target] = [self._leaf(*size) for size in self.sizes(target)]
+            with torch.no_grad():
+                self.begin(layer, target, *self.pieces[layer, target])
+            yield
+
+    def scaled(self, layer: int, target: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if (layer, target) not in self.pieces:
+            return None
+        a, b = self.factor(layer, target, *self.pieces[layer, target])
+        return a.to(self._dtype), (b * self.header.scale).to(self._dtype)
+
+    def norm(self) -> float:
+        return 0.0
+
+    def save(self, folder: Path) -> None:
+        pass
+
+    def stored(self) -> int:
+        """Bytes."""
+        return len(self.values) * self.arm.bits // 8
+
+    def rounded(self) -> None:
+        """Every value as it would be stored in 8 bits, with a scale for each rank of each piece."""
+        for leaves in self.pieces.values():
+            for leaf in leaves:
+                axis = 0 if leaf.shape[1] == self.header.rank else 1
+                step = leaf.detach().abs().amax(axis, keepdim=True).clamp(min=1e-12) / 127
+                leaf.data.copy_((leaf.detach() / step).round() * step)
+
+    def sizes(self, target: str) -> list[tuple[int, int]]:
+        out, inputs = self._shape.projection(target)
+        return [(inputs, self.header.rank), (self.header.rank, out)]
+
+    def begin(self, layer: int, target: str, *leaves: torch.Tensor) -> None:
+        rows, columns = leaves[0].shape
+        leaves[0].copy_(torch.from_numpy(first_a(0, layer, target, rows, columns)))
+
+    def factor(self, layer: int, target: str, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return leaves[0], leaves[1]
+
+
+class Separate(Form):
+    """Dense LoRA on each checkpoint module (PEFT's all-linear): an A of its own for q, k, v, gate and up."""
+
+    def sizes(self, target: str) -> list[tuple[int, int]]:
+        inputs, rank = self._shape.projection(target)[1], self.header.rank
+        return [size for rows in self._shape.rows(target) for size in ((inputs, rank), (rank, rows))]
+
+    def begin(self, layer: int, target: str, *leaves: torch.Tensor) -> None:
+        for part, leaf in enumerate(leaves[::2]):
+            leaf.copy_(torch.from_numpy(first_a(part, layer, target, *leaf.shape)))
+
+    def factor(self, layer: int, target: str, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat(leaves[::2], 1), torch.block_diag(*leaves[1::2])
+
+
+class Frozen(Form):
+    """LoRI: A frozen and shared, B under a random mask."""
+
+    def sizes(self, target: str) -> list[tuple[int, int]]:
+        return [(1, round(self._shape.projection(target)[0] * self.header.rank * self.arm.density))]
+
+    def begin(self, layer: int, target: str, *leaves: torch.Tensor) -> None:
+        out, inputs = self._shape.projection(target)
+        a = torch.from_numpy(first_a(0, layer, target, inputs, self.header.rank)) * 3**0.5
+        where = torch.randperm(out * self.header.rank, generator=self.random)[: leaves[0].numel()]
+        self.factors[layer, target] = Factor(a, where)
+
+    def factor(self, layer: int, target: str, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        frozen, out = self.factors[layer, target], self._shape.projection(target)[0]
+        b = torch.zeros(self.header.rank * out).index_copy(0, frozen.b, leaves[0].view(-1))
+        return frozen.a, b.view(self.header.rank, out)
+
+
+class Masked(Form):
+    """A and B both trained, both under random masks."""
+
+    def sizes(self, target: str) -> list[tuple[int, int]]:
+        return [(1, round(side * self.header.rank * self.arm.density)) for side in self._shape.projection(target)[::-1]]
+
+    def begin(self, layer: int, target: str, *leaves: torch.Tensor) -> None:
+        out, inputs = self._shape.projection(target)
+        places = [
+            torch.randperm(side * self.header.rank, generator=self.random)[: leaf.numel()]
+            for side, leaf in zip((inputs, out), leaves, strict=True)
+        ]
+        leaves[0].uniform_(-1, 1, generator=self.random).mul_((inputs * self.arm.density) ** -0.5)
+        self.factors[layer, target] = Factor(places[0], places[1])
+
+    def factor(self, layer: int, target: str, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, inputs = self._shape.projection(target)
+        places, rank = self.factors[layer, target], self.header.rank
+        a = torch.zeros(inputs * rank).index_copy(0, places.a, leaves[0].view(-1)).view(inputs, rank)
+        return a, torch.zeros(rank * out).index_copy(0, places.b, leaves[1].view(-1)).view(rank, out)
+
+
+class Extra(Form):
+    """LoRA-XS: the base's own singular vectors, and between them a trained square."""
+
+    def sizes(self, target: str) -> list[tuple[int, int]]:
+        return [(self.header.rank, self.header.rank)]
+
+    def begin(self, layer: int, target: str, *leaves: torch.Tensor) -> None:
+        matrix = self.base.layers[layer].projections[target].dense(torch.float32)
+        left, sizes, right = torch.svd_lowrank(matrix, self.header.rank, niter=3)
+        self.factors[layer, target] = Factor(left, sizes[:, None] * right.t())
+
+    def factor(self, layer: int, target: str, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        around = self.factors[layer, target]
+        return around.a, leaves[0] @ around.b
+
+
+FORMS = {"fused": Form, "dense": Separate, "frozen": Frozen, "masked": Masked, "xs": Extra}
+DEFAULT = "dense:rank=8:rate=0.002,fused:layers=0.9:bits=8,frozen:rank=16:density=0.1:rate=0.01"
+
+
+class Ground:
+    """The base, and people's messages as examples."""
+
+    def __init__(self, settings: Settings) -> None:
+        form = device.choose(settings.model).weights
+        prepared = prepare.ready(settings.model.name, settings.cache, form)
+        assert prepared is not None, "run `persona model fetch` first"
+        self.settings, self.hash = settings, prepared.base
+        self.decoder = decoder.load(prepared.folder, form, "cpu")
+        self.text = Text.load(prepared.folder)
+
+    def drafts(self, person: people.Person, context: int, longest: int) -> list[frames.Framed]:
+        return [self._draft(item, context).clipped(targets=longest, tokens=4096) for item in person.items]
+
+    def _draft(self, item: people.ImportItem, context: int) -> frames.Framed:
+        entry = Entry(EntryId(1), UserId(1), Role.USER, item.text, item.ts.astimezone(UTC), Origin.IMPORT, "", 0)
+        lines = frames.trim_lines(item.context, context, self.text)
+        return frames.draft(lines, entry.text, tokenizer=self.text)
+
+    def reference(self) -> list[frames.Framed]:
+        system = Message(Role.SYSTEM, self.settings.prompt.system)
+        asked = [([system, Message(Role.USER, ask)], answer) for ask, answer in evaluate.reference()]
+        return [frames.reply(context, answer, tokenizer=self.text) for context, answer in asked]
+
+    def loss(self, some: list[frames.Framed], adapter: Resident | None) -> float:
+        slices = branches.scores(self.decoder, [(one.tokens, one.targets, adapter) for one in some], SIZE)
+        try:
+            while True:
+                next(slices)
+        except StopIteration as ended:
+            return -sum(map(sum, ended.value)) / sum(map(len, ended.value))
+
+    def train(self, arm: Arm, some: list[frames.Framed], passes: int, seed: int) -> tuple[Form, float]:
+        form = type("Chosen", (FORMS[arm.name],), {"arm": arm, "base": self.decoder})
+        plan = Plan(arm.rank, 2.0 * arm.rank, arm.layers, seed, passes, slice_tokens=SIZE, learning_rate=arm.rate)
+        with tempfile.TemporaryDirectory() as out:
+            examples = [Example(one.tokens, one.targets) for one in some]
+            trainer = Trainer(self.decoder, self.hash, TrainRequest(examples, plan, out), None, form=form)
+            started = time.perf_counter()
+            for _ in trainer.slices():
+                pass
+        made = trainer._adapter
+        assert isinstance(made, Form)
+        if arm.bits == 8:
+            made.rounded()
+        return made, time.perf_counter() - started
+
+
+def resident(form: Form) -> Resident:
+    with torch.no_grad():
+        pairs = {place: form.scaled(*place) for place in form.pieces}
+    return Resident({place: pair for place, pair in pairs.items() if pair is not None}, ())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--arms", default=DEFAULT)
+    parser.add_argument("--messages", type=int, default=240)
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--context", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    ground = Ground(Settings())
+    some = people.read(asked.data, only=[name for name in asked.only.split(",") if name])
+    tested = {person.name: ground.drafts(person, 96, 128)[-HELD:] for person in some}
+    bare = {name: ground.loss(drafts, None) for name, drafts in tested.items()}
+    neutral = ground.loss(ground.reference(), None)
+    for text in asked.arms.split(","):
+        arm, made = Arm.parse(text), {}
+        for person in some:
+            learned = ground.drafts(person, asked.context, 64)[-HELD - asked.messages : -HELD]
+            made[person.name] = ground.train(arm, learned, asked.passes, asked.seed)
+        for place, person in enumerate(some):
+            form, seconds = made[person.name]
+            own = ground.loss(tested[person.name], resident(form))
+            wrong = resident(made[some[(place + 1) % len(some)].name][0]) if len(some) > 1 else None
+            told = {"person": person.name, "arm": text, "base": bare[person.name], "own": own}
+            told |= {"gain": bare[person.name] - own, "bytes": form.stored(), "seconds": seconds}
+            told |= {"wrong": ground.loss(tested[person.name], wrong) if wrong else None}
+            told |= {"drift": ground.loss(ground.reference(), resident(form)) / neutral - 1}
+            rounded = {
+                key: round(float(value), 4) if isinstance(value, float) else value for key, value in told.items()
+            }
+            sys.stdout.write(json.dumps(rounded) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise")
+    main()
