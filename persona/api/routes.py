@@ -51,7 +51,7 @@ USERS = (
     web.post("/v1/me/train", me.train),
     web.post("/v1/me/pause", me.pause),
     web.post("/v1/me/resume", me.resume),
-    web.post("/v1/me/rollback", versions.rollback),
+    web.post("/v1/me/rollback", versions.roll_back),
     web.post("/v1/me/why", me.why),
     web.get("/v1/me/export", archive.export),
     web.post("/v1/me/forget", forget.forget),
