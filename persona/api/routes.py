@@ -15,6 +15,7 @@ from persona.api import (
     events,
     forget,
     history,
+    live,
     me,
     models,
     ollama,
@@ -77,6 +78,7 @@ ADMIN = (
     web.get("/admin/events/dead", events.all_dead),
     web.post("/admin/events/dead/replay", events.replay_any),
     web.delete("/admin/events/dead/{id}", events.drop_any),
+    web.get("/admin/live", live.report),
     web.get("/admin/status", admin.status),
     web.post("/admin/backup", admin.backup),
 )

@@ -37,8 +37,9 @@ async def versions(request: web.Request) -> web.Response:
     deps, user = services(request), caller(request).user
     active = await deps.adapters.active(user.id)
     number = active.number if active else None
-    found = await deps.adapters.list(user.id)
-    return web.json_response({"object": "list", "data": [views.version(one, number) for one in found]})
+    live = await deps.live.figures(user.id)
+    found = [views.version(one, number, live.get(one.number)) for one in await deps.adapters.list(user.id)]
+    return web.json_response({"object": "list", "data": found})
 
 
 async def roll_back(request: web.Request) -> web.Response:
