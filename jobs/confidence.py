@@ -50,8 +50,17 @@ def capital(seen: Numbers, mean: float) -> Numbers:
 
     seen: [..., observations] → [..., observations] · -BOUND ≤ mean < BOUND
     """
-    odds = 1 - _STAKES + _STAKES * ((BOUND - seen) / (BOUND - mean))[..., None]
-    grown = np.cumsum(np.log(odds), axis=-2)
+    return _together(np.cumsum(_growth(seen, mean), axis=-2))
+
+
+def _growth(seen: Numbers, mean: float) -> Numbers:
+    """By which each observation multiplies what is bet on each stake, as logarithm: [..., observations, stakes]."""
+    odds: Numbers = 1 - _STAKES + _STAKES * ((BOUND - seen) / (BOUND - mean))[..., None]
+    return np.log(odds)
+
+
+def _together(grown: Numbers) -> Numbers:
+    """The capital whose equal shares have grown so: [..., stakes] → [...]."""
     capital: Numbers = np.logaddexp.reduce(grown, axis=-1) - np.log(len(_STAKES))
     return capital
 
@@ -61,5 +70,6 @@ def _upper(seen: Numbers) -> float:
     low, high = -BOUND, BOUND
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if capital(seen, middle)[-1] >= _ENOUGH else (middle, high)
+        enough = _together(_growth(seen, middle).sum(axis=-2)) >= _ENOUGH
+        low, high = (low, middle) if enough else (middle, high)
     return high

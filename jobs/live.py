@@ -132,7 +132,7 @@ class LiveCheck:
             raise
         finally:
             self._current = None
-        _answer_for(task)
+        _answer_for(user_id, task)
 
     async def _check(self, user_id: UserId, interrupt: Interrupt) -> None:
         case = await self._case(user_id)
@@ -242,10 +242,10 @@ class LiveCheck:
         )
 
 
-def _answer_for(task: "asyncio.Task[None]") -> None:
+def _answer_for(user_id: UserId, task: "asyncio.Task[None]") -> None:
     """Log what went wrong with one user; raises what concerns every user."""
     error = None if task.cancelled() else task.exception()
     if isinstance(error, Busy | StorageFull):
         raise error
     if error is not None and not isinstance(error, NotFound):  # what was deleted meanwhile is no trouble
-        log.warning("live check failed", error=type(error).__name__)
+        log.warning("live check failed", user_id=user_id, error=type(error).__name__)
