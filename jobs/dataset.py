@@ -119,6 +119,23 @@ def everything(
     return copies.layout(list(_without_copies(copies.targets(entries), Counter())))[0]
 
 
+def judging(entries: Sequence[Entry], *, tokenizer: ChatTokenizer, settings: Learning) -> frozenset[EntryId]:
+    """Which of these entries, ascending, may judge a version that serves: the user's own messages, none of them empty,
+    and of each text the first COPIES. What came as an event judges none: others may have sent it."""
+    own = [entry for entry in entries if entry.role is Role.USER and entry.origin in _OWN]
+    targets = _Copies(own, tokenizer, settings, "", 0).targets(own[::-1])
+    return frozenset(target.entry.id for target in _without_copies(targets, Counter()))
+
+
+def message(
+    entry: Entry, before: Sequence[Entry], *, tokenizer: ChatTokenizer, settings: Learning
+) -> tuple[HeldOut, tuple[Entry, ...]]:
+    """One of the `judging` entries as a message that judges, and what its prompt may quote of those before it."""
+    copies = _Copies([*before, entry], tokenizer, settings, "", 0)
+    (target,) = copies.targets([entry])
+    return copies.held(target), redacted(before)
+
+
 def own_words(text: str) -> str:
     """What the user wrote themselves: without quoted lines, pasted chat lines and fenced blocks."""
     return _QUOTE.sub("", _FENCE.sub("", text)).strip()
@@ -166,7 +183,7 @@ class _Copies:
         tokens = 0
         own = [entry for entry in entries if entry.role is Role.USER and entry.origin in origins]
         for target in _without_copies(self.targets(own), Counter()):
-            held.append(self._held(target))
+            held.append(self.held(target))
             tokens += target.tokens
             if len(held) >= messages and tokens >= enough:
                 return held[::-1]
@@ -221,7 +238,8 @@ class _Copies:
         tokens = min(len(self._tokenizer.encode(text)), TARGET_TOKENS)
         return _Target(entry, text, kinds, tokens, whole) if tokens else None
 
-    def _held(self, target: _Target) -> HeldOut:
+    def held(self, target: _Target) -> HeldOut:
+        """`target` as a message that judges."""
         entry = target.entry
         ids = frozenset(turn.id for turn in self._chain(entry)) | {entry.id}
         return HeldOut(entry.id, target.text, tuple(self._heard(entry)), ids, target.tokens, tuple(self._lines(entry)))

@@ -51,15 +51,20 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class _Side:
+class Side:
     """One of the two that are compared: an adapter and what it has absorbed."""
 
     adapter: AdapterRef | None
     watermark: EntryId
 
 
+def side(version: Version | None) -> Side:
+    """A version, or the bare base."""
+    return Side(ref(version), version.watermark) if version else Side(None, EntryId(0))
+
+
 @dataclass(frozen=True, slots=True)
-class _Loss:
+class Loss:
     """Sum over a message's target, in nats."""
 
     nats: float
@@ -82,9 +87,8 @@ async def gate(
     recent: entries that prompts may quote, ascending · context: tokens that a sequence may have. Raises AdapterError if
     a file cannot be served, Busy if the engine cannot score now.
     """
-    after_side = _Side(ref(candidate), candidate.watermark)
-    before_side = _Side(ref(serving), serving.watermark) if serving else _Side(None, EntryId(0))
-    scorer = _Scorer(engine, tokenizer, held_out, recent, settings, context)
+    after_side, before_side = side(candidate), side(serving)
+    scorer = Scorer(engine, tokenizer, held_out, recent, settings, context)
     after = await scorer.messages(after_side)
     before = await scorer.messages(before_side)
     return judge(before, after, await scorer.drift(after_side.adapter), settings)
@@ -92,10 +96,10 @@ async def gate(
 
 async def drift(engine: Serving, tokenizer: ChatTokenizer, adapter: AdapterRef, settings: Settings) -> float:
     """Relative increase of the loss on the reference set under `adapter`, to the bare base; NaN if it has none."""
-    return await _Scorer(engine, tokenizer, (), (), settings, settings.engine.context).drift(adapter)
+    return await Scorer(engine, tokenizer, (), (), settings, settings.engine.context).drift(adapter)
 
 
-def judge(before: Sequence[_Loss], after: Sequence[_Loss], drift: float, settings: Settings) -> Verdict:
+def judge(before: Sequence[Loss], after: Sequence[Loss], drift: float, settings: Settings) -> Verdict:
     """The verdict on two scorings of the same messages."""
     gain = np.array([old.nats - new.nats for old, new in zip(before, after, strict=True)])
     tokens = sum(loss.tokens for loss in after)
@@ -131,7 +135,7 @@ def _decide(
     return True, f"Better: {change}, P(better) {p_better:.2f}, drift {drift:.2%}."
 
 
-class _Scorer:
+class Scorer:
     """Losses of one set of messages under any side."""
 
     def __init__(
@@ -153,7 +157,7 @@ class _Scorer:
         self._context_tokens = min(settings.learning.context_tokens, share)
         self._recent_tokens = min(settings.prompt.recent_tokens, share - self._context_tokens)
 
-    async def messages(self, side: _Side) -> list[_Loss]:
+    async def messages(self, side: Side) -> list[Loss]:
         """One after another: serving comes first, and the gate waits in its queue."""
         losses = []
         for message in self._held_out:
@@ -189,12 +193,12 @@ class _Scorer:
         text = prompt.joined([self._settings.prompt.system, quoted])
         return [Message(Role.SYSTEM, text)] if text else []
 
-    async def _loss(self, framed: frames.Framed, adapter: AdapterRef | None) -> _Loss:
+    async def _loss(self, framed: frames.Framed, adapter: AdapterRef | None) -> Loss:
         framed = framed.clipped(targets=TARGET_TOKENS, tokens=self._context)
         if not framed.targets:
-            return _Loss(0.0, 0)
+            return Loss(0.0, 0)
         scores = await self._engine.score(ScoreRequest(framed.tokens, framed.targets, adapter))
-        return _Loss(-sum(scores), len(scores))
+        return Loss(-sum(scores), len(scores))
 
 
 @lru_cache(maxsize=1)
@@ -204,6 +208,6 @@ def reference() -> tuple[tuple[str, str], ...]:
     return tuple((item["ask"], item["answer"]) for item in items)
 
 
-def _mean(losses: Sequence[_Loss]) -> float:
+def _mean(losses: Sequence[Loss]) -> float:
     tokens = sum(loss.tokens for loss in losses)
     return sum(loss.nats for loss in losses) / tokens if tokens else math.nan

@@ -18,7 +18,7 @@ from typing import Any, cast
 import msgspec
 import structlog
 
-from jobs import dataset, evaluate, plans, recovery, retention
+from jobs import dataset, evaluate, live, plans, recovery, retention
 from persona.domain import ChatTokenizer, EntryId, Run, RunState, User, UserId, Version, VersionState
 from persona.engine.faces import Engine
 from persona.engine.protocol import AdapterRef, Plan, Progress, TrainRequest, ref
@@ -129,7 +129,7 @@ class Finetune:
         if isinstance(data, dataset.Deferred):
             return _Outcome(RunState.DEFERRED, data.reason)
         log.info("→ finetune", user=user.name, run=run.id, examples=len(data.examples), new_tokens=data.new_tokens)
-        candidate = await self._train(run, kept, start, data)
+        candidate = await self._train(run, kept, start, serving, data)
         verdict = await self._judge(candidate, serving, data)
         metrics = {**verdict.metrics(), "examples": len(data.examples), "new_tokens": data.new_tokens}
         state = RunState.KEPT if verdict.keep else RunState.REJECTED
@@ -179,7 +179,9 @@ class Finetune:
         mine = [v for v in versions if v.state is VersionState.PUBLISHED and v.base == self.base_hash()]
         return max((version.watermark for version in mine), default=EntryId(0))
 
-    async def _train(self, run: Run, kept: Path, start: Version | None, data: dataset.Dataset) -> Version:
+    async def _train(
+        self, run: Run, kept: Path, start: Version | None, serving: Version | None, data: dataset.Dataset
+    ) -> Version:
         """A durable candidate. Its examples are on record first, so that whoever deletes one finds this run."""
         rows = [
             ExampleRow(sample.entry_id, sample.frame, len(sample.example.tokens), sample.example.weight)
@@ -207,6 +209,8 @@ class Finetune:
                 "steps": last.steps,
                 "skipped": last.skipped,
                 "training_loss": last.loss,
+                live.THROUGH: _through(run),
+                live.BEFORE: serving.number if serving else 0,
             },
             plan=msgspec.to_builtins(wanted),
         )

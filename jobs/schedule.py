@@ -1,4 +1,4 @@
-"""When whom to train: finds users who are due, and carries out one run after another.
+"""When whom to train: finds users who are due, carries out one run after another, and has live checks made beside them.
 
 The scheduler's job only enqueues; the queue is the runs table. A jump of the clock, a missed hour or a hundred wishes
 at once lead to one run a user at most: a user has at most one open run, and what a run has judged is not new any more.
@@ -15,6 +15,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from jobs import recovery
 from jobs.finetune import Finetune
+from jobs.live import LiveCheck
 from persona.domain import EntryId, Run, RunState, User, UserId, VersionState
 from persona.errors import Busy, NotFound, PersonaError
 from persona.settings import Settings
@@ -42,8 +43,11 @@ class Schedule:
         finetune: Finetune,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         hourly: Callable[[], Awaitable[None]] | None = None,
+        live: LiveCheck | None = None,
     ) -> None:
         self._hourly = hourly
+        self._live = live
+        self._watcher: asyncio.Task[None] | None = None
         self._learning = settings.learning
         self._users = users
         self._history = history
@@ -64,6 +68,8 @@ class Schedule:
         await recovery.recover(self._runs, self._adapters, self._clock())
         self._worker = asyncio.create_task(self._work(), name="runs")
         self._waiting.set()
+        if self._live is not None:
+            self._watcher = asyncio.create_task(self._watch(self._live), name="live checks")
         self._timer = AsyncIOScheduler(jobstores={"default": MemoryJobStore()}, timezone=UTC)
         # However many checks were missed, in a suspend or by a jump of the clock: one makes up for all.
         self._timer.add_job(
@@ -87,10 +93,11 @@ class Schedule:
             self._timer.pause()
             async with self._checking:  # the timer would cancel a check under way, and log it as an error
                 self._timer.shutdown(wait=False)
-        if self._worker is not None:
-            self._worker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._worker
+        for task in (self._watcher, self._worker):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         self._stopped = True
         self._announce()
 
@@ -112,7 +119,12 @@ class Schedule:
             await ended.wait()
 
     async def cancel(self, user_id: UserId) -> None:
-        """End the user's run under way, if there is one, and wait until it let go of everything."""
+        """End the user's run and live check under way, if there are any, and wait until they let go of everything."""
+        if self._live is not None:
+            await self._live.cancel(user_id)
+        await self._cancel_run(user_id)
+
+    async def _cancel_run(self, user_id: UserId) -> None:
         if self._current is not None and self._current[0] == user_id:
             task = self._current[1]
             task.cancel()
@@ -194,6 +206,15 @@ class Schedule:
     def _age(self, moment: datetime | None) -> timedelta:
         """Since `moment`; negative after the clock was set back, which makes nobody due."""
         return self._clock() - moment if moment else timedelta(0)
+
+    async def _watch(self, live: LiveCheck) -> None:
+        """Rounds of the live check, beside the runs: a task of its own, so that neither waits for the other."""
+        while True:
+            try:
+                await live.round(self._cancel_run)
+            except Exception as error:  # the next round comes by itself
+                log.warning("live checks failed", error=type(error).__name__)
+            await asyncio.sleep(self._learning.check_seconds)
 
     async def _work(self) -> None:
         while True:

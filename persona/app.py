@@ -18,6 +18,7 @@ from aiohttp import web
 
 from jobs import retention
 from jobs.finetune import Finetune
+from jobs.live import LiveCheck
 from jobs.schedule import Schedule
 from persona import app_mqtt, logs, notify
 from persona.api import connections
@@ -48,6 +49,7 @@ from storage.backup import Backups
 from storage.database import Database
 from storage.events import Events
 from storage.history import History
+from storage.live import LiveChecks
 from storage.runs import Runs
 from storage.users import Users
 
@@ -225,14 +227,16 @@ async def _services(
         return health.base
 
     finetune = Finetune(settings, users, history, adapters, runs, engine, tokenizer, base, clock)
+    live = LiveCheck(settings, users, history, adapters, LiveChecks(database), engine, tokenizer, base, clock)
     keep = timedelta(days=settings.mqtt.keep_days)
     schedule = Schedule(
-        settings, users, history, adapters, runs, finetune, clock, lambda: retention.tidy(events, clock(), keep)
+        settings, users, history, adapters, runs, finetune, clock, lambda: retention.tidy(events, clock(), keep), live
     )
     intake = Intake(settings.mqtt, users, events, tokenizer, clock)
     database.on_removed(intake.removed)
     metrics = Metrics()
     metrics.events.read, metrics.dead_letters.read = intake.outcomes, intake.reasons
+    metrics.live.read = lambda: live.counts
     services = Services(
         settings=settings,
         database=database,
@@ -247,6 +251,7 @@ async def _services(
         tokenizer=tokenizer,
         chat=Chat(settings, history, events, adapters, engine, tokenizer, clock, lambda: context, base),
         finetune=finetune,
+        live=live,
         schedule=schedule,
         clock=clock,
         base=base,

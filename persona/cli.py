@@ -14,6 +14,7 @@ from persona import cli_data, cli_events, cli_serve, cli_users
 from persona.cli_backup import backup, restore
 from persona.cli_chat import chat
 from persona.cli_doctor import doctor
+from persona.cli_eval import evaluate
 from persona.cli_link import Link
 from persona.cli_prior import prior
 from persona.cli_screen import Json, emit, fail, say, settings
@@ -48,6 +49,7 @@ app.add_typer(prior, name="prior")
 app.command()(cli_serve.serve)
 app.command()(chat)
 app.command()(train)
+app.command("eval")(evaluate)
 app.command()(doctor)
 app.command()(backup)
 app.command()(restore)

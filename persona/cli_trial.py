@@ -29,7 +29,6 @@ class Wishes:
     users: int | None
     only: str
     without: str
-    contexts: str
     prior: Path | None
     plot: Path | None
     options: Options

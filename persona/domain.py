@@ -9,6 +9,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, NewType, Protocol
 
+ROLLED_BACK = "rolled_back"  # among a version's metrics: why the live check took it out of service
+
 UserId = NewType("UserId", int)
 EntryId = NewType("EntryId", int)
 
@@ -159,6 +161,11 @@ class Version:
     created: datetime
     run_id: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rolled_back(self) -> str | None:
+        """Why the live check took it out of service, if it did: only its user returns to it."""
+        return self.metrics.get(ROLLED_BACK)
 
 
 @dataclass(frozen=True, slots=True)

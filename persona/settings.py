@@ -120,6 +120,9 @@ class Learning(Section):
     slice_tokens: int = Field(256, ge=16, description="tokens per training slice: bounds the gap in serving")
     keep_probability: float = Field(0.8, ge=0.5, le=1, description="P(better) at which the gate keeps a version")
     max_drift: float = Field(0.01, ge=0, description="relative loss increase on the reference set that the gate allows")
+    live_check: bool = Field(
+        True, description="judge the serving version by each new message, and roll it back once it is surely worse"
+    )
     keep_versions: int = Field(5, ge=1, description="published versions kept for rollback")
 
 

@@ -5,13 +5,14 @@ complete, or none: files become durable before the row, the row before the point
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-from persona.domain import EntryId, UserId, Version, VersionState
+from persona.domain import ROLLED_BACK, EntryId, UserId, Version, VersionState
 from persona.errors import NotFound, TrainingFailed
 from storage import files, lineage
 from storage.database import Database, Transaction
@@ -26,6 +27,14 @@ Sentences = list[str]
 
 _MAY_SERVE = (VersionState.CANDIDATE, VersionState.PUBLISHED)
 _WITH_FILES = (VersionState.PUBLISHED, VersionState.QUARANTINED)  # when nothing runs
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A version that the live check takes out of service, and why: one sentence."""
+
+    number: int
+    reason: str
 
 
 class Adapters:
@@ -112,12 +121,17 @@ class Adapters:
             await lineage.mark(connection, user_id, [number], VersionState.REJECTED)
         await self._drop(user_id, [number])
 
-    async def rollback(self, user_id: UserId, number: int | None = None) -> Version | None:
+    async def rollback(
+        self, user_id: UserId, number: int | None = None, *, leaving: Leaving | None = None
+    ) -> Version | None:
         """Serve an earlier published version: the one before (None), that number, or the bare base (0).
 
-        Returns what serves now, None for the base. Raises NotFound where there is nothing to go back to.
+        leaving: which version has to serve still, and why it shall not any more; that stays in its metrics. Returns
+        what serves now, None for the base. Raises NotFound where there is nothing to go back to, or to leave.
         """
         async with self._db.write() as connection:
+            if leaving is not None:
+                await self._leave(connection, user_id, leaving)
             target = await self._target(connection, user_id, number)
             await lineage.serve(connection, user_id, target or None)
             row = await lineage.row(connection, user_id, target) if target else None
@@ -242,11 +256,15 @@ class Adapters:
             raise NotFound("There is no such version to go back to.")
         return number or 0
 
+    async def _leave(self, connection: Transaction, user_id: UserId, leaving: Leaving) -> None:
+        row = await lineage.row(connection, user_id, leaving.number)
+        if row is None or leaving.number != await lineage.pointer(connection, user_id):
+            raise NotFound("This version does not serve any more.")
+        await lineage.note(connection, row, **{ROLLED_BACK: leaving.reason})
+
     async def _quarantine(self, connection: Transaction, row: sa.Row[Any], reason: str) -> None:
         await lineage.withdraw(connection, UserId(row.user_id), [row.number], VersionState.QUARANTINED)
-        this = (versions.c.user_id == row.user_id) & (versions.c.number == row.number)
-        metrics = {**row.metrics, "quarantined": reason}
-        await connection.execute(sa.update(versions).where(this).values(metrics=metrics))
+        await lineage.note(connection, row, quarantined=reason)
 
     async def _removed(self, user_id: UserId, numbers: Sequence[int] | None) -> None:
         """Remove the files of versions (None: of the user) that went with an entry, and every state of a run."""

@@ -17,7 +17,7 @@ from storage.database import Database, Transaction
 from storage.failpoints import reach
 from storage.identity import Turn
 from storage.imports import ImportItem
-from storage.tables import deletions, entries, events, users
+from storage.tables import deletions, entries, events, live_checks, users
 
 __all__ = ["History", "ImportItem", "Placement"]
 
@@ -315,6 +315,7 @@ async def _remove(connection: Transaction, row: sa.Row[Any]) -> None:
     await connection.execute(sa.update(entries).where(entries.c.parent == row.id).values(parent=row.parent))
     became = (events.c.user_id == row.user_id) & (events.c.entry_id == row.id)
     await connection.execute(sa.update(events).where(became).values(entry_id=None))
+    await connection.execute(sa.delete(live_checks).where(live_checks.c.entry_id == row.id))
     await connection.execute(sa.delete(entries).where(entries.c.id == row.id))
     for digest in {row.chain, row.item} - {None}:
         mine = {"user_id": row.user_id, "digest": digest}

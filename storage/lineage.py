@@ -10,9 +10,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from persona.domain import EntryId, RunState, UserId, VersionState
+from persona.domain import ROLLED_BACK, EntryId, RunState, UserId, VersionState
 from storage.database import Transaction
-from storage.tables import entries, run_examples, runs, users, versions
+from storage.tables import entries, live_checks, run_examples, runs, users, versions
 
 _OPEN = (RunState.QUEUED, RunState.RUNNING)
 
@@ -68,18 +68,31 @@ async def mark(connection: Transaction, user_id: UserId, numbers: Collection[int
 async def withdraw(connection: Transaction, user_id: UserId, numbers: Collection[int], state: VersionState) -> None:
     """Mark the versions; if the serving one is among them, the newest published one before it takes over."""
     await mark(connection, user_id, numbers, state)
+    if state is VersionState.DELETED:  # what it predicted came of what is deleted
+        mine = (live_checks.c.user_id == user_id) & live_checks.c.version.in_(numbers)
+        await connection.execute(sa.delete(live_checks).where(mine))
     active = await pointer(connection, user_id)
     if active is not None and active in numbers:
         await serve(connection, user_id, await before(connection, user_id, active))
 
 
 async def before(connection: Transaction, user_id: UserId, number: int) -> int | None:
-    """The newest published version below `number`."""
+    """The newest published version below `number`; to one that the live check rolled back only its user returns."""
     query = sa.select(sa.func.max(versions.c.number)).where(
-        versions.c.user_id == user_id, versions.c.state == VersionState.PUBLISHED, versions.c.number < number
+        versions.c.user_id == user_id,
+        versions.c.state == VersionState.PUBLISHED,
+        versions.c.number < number,
+        versions.c.metrics[ROLLED_BACK].as_string().is_(None),
     )
     below: int | None = (await connection.execute(query)).scalar_one()
     return below
+
+
+async def note(connection: Transaction, version: sa.Row[Any], **said: str) -> None:
+    """Add to what is known of a version: why it was taken out of service."""
+    this = (versions.c.user_id == version.user_id) & (versions.c.number == version.number)
+    metrics = {**version.metrics, **said}
+    await connection.execute(sa.update(versions).where(this).values(metrics=metrics))
 
 
 async def pointer(connection: Transaction, user_id: UserId) -> int | None:

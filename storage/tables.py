@@ -151,6 +151,22 @@ run_examples = sa.Table(
 sa.Index("run_examples_of_run", run_examples.c.run_id)
 sa.Index("run_examples_of_entry", run_examples.c.entry_id)
 
+# What each message said about the version that served: numbers without text.
+live_checks = sa.Table(
+    "live_checks",
+    metadata,
+    _user(),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("entry_id", sa.Integer, sa.ForeignKey("entries.id"), nullable=False),
+    sa.Column("against", sa.Integer),  # the version that it is compared with; NULL: the bare base
+    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("nats_serving", sa.Float),  # NULL: not a finite number
+    sa.Column("nats_before", sa.Float),
+    sa.Column("created", Utc, nullable=False),
+    sa.PrimaryKeyConstraint("user_id", "version", "entry_id"),
+)
+sa.Index("live_checks_of_entry", live_checks.c.entry_id)
+
 # What arrived over MQTT or as an event over HTTP: one row each, without its content, so that none counts twice.
 events = sa.Table(
     "events",

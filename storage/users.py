@@ -19,7 +19,18 @@ from persona.domain import Caller, User, UserId
 from persona.errors import Busy, NotFound, RequestError, StorageFull
 from storage import database, events, files
 from storage.database import Database, Transaction
-from storage.tables import backups, deletions, entries, keys, run_examples, runs, tombstones, users, versions
+from storage.tables import (
+    backups,
+    deletions,
+    entries,
+    keys,
+    live_checks,
+    run_examples,
+    runs,
+    tombstones,
+    users,
+    versions,
+)
 from storage.whole import in_thread
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -188,7 +199,7 @@ async def _erase(connection: Transaction, user: User) -> dict[str, Any]:
     await connection.execute(sa.update(entries).where(entries.c.user_id == user_id).values(parent=None))
     of_runs = run_examples.c.run_id.in_(sa.select(runs.c.id).where(runs.c.user_id == user_id))
     counts = {"run_examples": (await connection.execute(sa.delete(run_examples).where(of_runs))).rowcount}
-    for table in (versions, runs, entries, deletions, keys):
+    for table in (live_checks, versions, runs, entries, deletions, keys):
         counts[table.name] = (await connection.execute(sa.delete(table).where(table.c.user_id == user_id))).rowcount
     arrived = await events.forget(connection, user_id, user.name)
     await connection.execute(sa.delete(users).where(users.c.id == user_id))

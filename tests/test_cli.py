@@ -23,6 +23,7 @@ from persona.app import House, build, serve
 from persona.cli import app
 from persona.cli_screen import plain, sentence
 from persona.cli_serve import welcome
+from persona.domain import UserId
 from persona.engine.protocol import ScoreRequest
 from persona.engine.scripted import ScriptedEngine, ScriptedText
 from persona.errors import PersonaError
@@ -79,6 +80,7 @@ def refused(result: Result, named: str) -> None:
         ("events", "send", "fact", "{}", "--user", "ann"),
         ("events", "replay", "--all"),
         ("events", "drop", "1"),
+        ("eval", "--live"),
         ("chat", "--user", "ann", "hello"),
         ("chat", "hello"),
     ],
@@ -93,6 +95,10 @@ def test_a_socket_that_nobody_serves_counts_as_no_service(home: Path) -> None:
     with socket.socket(socket.AF_UNIX) as abandoned:
         abandoned.bind(str(home / "run/admin.sock"))
     refused(run("users", "list"), "start it with `persona serve`")
+
+
+def test_eval_says_what_it_can_evaluate() -> None:
+    refused(run("eval"), "--live")
 
 
 def test_a_misspelt_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +222,18 @@ class Running:
         done = asyncio.run_coroutine_threadsafe(self.house.services.intake.accept(deliveries), self.loop)
         done.result(timeout=10)
 
+    def check(self, rounds: int) -> None:
+        """Have so many rounds of the live check made."""
+
+        async def interrupt(user_id: UserId) -> None:
+            """No run is under way."""
+
+        async def made() -> None:
+            for _ in range(rounds):
+                await self.house.services.live.round(interrupt)
+
+        asyncio.run_coroutine_threadsafe(made(), self.loop).result(timeout=30)
+
 
 @pytest.fixture
 def service(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
@@ -319,6 +337,39 @@ def test_an_entry_is_deleted(service: Running) -> None:
     entry = answered("history", "list", "--user", "ann")[0]["id"]
     assert answered("history", "delete", str(entry), "--user", "ann")["versions"] == []
     refused(run("history", "delete", "999", "--user", "ann"), "no such")
+
+
+def test_eval_reports_what_new_messages_say_of_a_version(service: Running) -> None:
+    assert answered("eval", "--live") == {"object": "list", "enabled": True, "data": []}
+    assert "No message has judged a version yet" in run("eval", "--live").stdout
+    answered("users", "add", "eric")
+    answered("history", "import", str(DATA / "eric.jsonl"), "--user", "eric")
+    assert answered("train", "--user", "eric", "--wait")["state"] == "kept"
+    answered("history", "import", str(DATA / "dr_willis.jsonl"), "--user", "eric", "--author", "Dr_Willis")
+    service.check(1)
+    (item,) = answered("eval", "--live")["data"]
+    assert (item["user"], item["version"], item["against"], item["messages"]) == ("eric", 1, 0, 8)
+    assert (item["verdict"], item["gain"], item["rolled_back"]) == ("better", 0.5, None)
+    shown = run("eval", "--live", "--user", "eric").stdout
+    assert "+0.500" in shown
+    assert shown.endswith("8 messages judged, gain in nats per token: 1 better.\n")
+    refused(run("eval", "--live", "--user", "ben"), "no user of that name")
+
+
+def test_eval_reports_a_version_that_was_rolled_back(service: Running) -> None:
+    answered("users", "add", "eric")
+    answered("history", "import", str(DATA / "eric.jsonl"), "--user", "eric")
+    assert answered("train", "--user", "eric", "--wait")["state"] == "kept"
+    answered("history", "import", str(DATA / "dr_willis.jsonl"), "--user", "eric", "--author", "Dr_Willis")
+    service.engine._score = lambda request: [-1.0 if request.adapter else -0.5] * len(request.targets)
+    service.check(3)
+    (item,) = answered("eval", "--live")["data"]
+    assert item["active"] is False
+    assert item["rolled_back"].startswith("Rolled back by the live check")
+    shown = run("eval", "--live").stdout
+    assert "worse: rolled back" in shown
+    assert "1 worse: rolled back." in shown
+    assert "eric@1: Rolled back by the live check" in shown
 
 
 def test_events_are_told_listed_refused_and_tried_again(service: Running) -> None:

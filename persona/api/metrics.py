@@ -64,7 +64,8 @@ class Metrics:
         self.events = Counted("persona_events", "events by what became of them", "outcome", dict)
         self.dead_letters = Counted("persona_dead_letters", "refused events by reason", "reason", dict)
         self.mqtt = Counted("persona_mqtt", "connections to the broker, and sessions that it lost", "what", dict)
-        for counted in (self.events, self.dead_letters, self.mqtt):
+        self.live = Counted("persona_live_checks", "messages that judged a version, versions rolled back", "what", dict)
+        for counted in (self.events, self.dead_letters, self.mqtt, self.live):
             self.registry.register(counted)
         self._engine = {name: gauge(f"persona_engine_{name}", text) for name, text in _ENGINE.items()}
 

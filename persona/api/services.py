@@ -11,6 +11,7 @@ from typing import Protocol
 from aiohttp import web
 
 from jobs.finetune import Finetune
+from jobs.live import LiveCheck
 from persona.api.metrics import Metrics
 from persona.chat import Chat
 from persona.domain import Caller, ChatTokenizer, Run, UserId
@@ -64,6 +65,7 @@ class Services:
     tokenizer: ChatTokenizer
     chat: Chat
     finetune: Finetune
+    live: LiveCheck
     schedule: Training
     clock: Callable[[], datetime]
     base: Callable[[], str]

@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
 from aiohttp import web
 
-from jobs import evaluate
+from jobs import evaluate, rollback
 from persona.api import bodies, views
 from persona.api.services import Services, caller, services
-from persona.domain import EntryId, User, Version, VersionState
+from persona.domain import EntryId, User, Version
 from persona.engine import peft_folder
 from persona.engine.prepare import Prepared
 from persona.engine.protocol import ref
-from persona.errors import AdapterError, NotFound, PersonaError, RequestError
-
-log = structlog.get_logger()
+from persona.errors import AdapterError, NotFound, RequestError
 
 _UNKNOWN = "There is no such version among those that can serve."
 
@@ -40,21 +37,18 @@ async def versions(request: web.Request) -> web.Response:
     deps, user = services(request), caller(request).user
     active = await deps.adapters.active(user.id)
     number = active.number if active else None
-    found = await deps.adapters.list(user.id)
-    return web.json_response({"object": "list", "data": [views.version(one, number) for one in found]})
+    live = await deps.live.figures(user.id)
+    found = [views.version(one, number, live.get(one.number)) for one in await deps.adapters.list(user.id)]
+    return web.json_response({"object": "list", "data": found})
 
 
-async def rollback(request: web.Request) -> web.Response:
+async def roll_back(request: web.Request) -> web.Response:
     """Serve an earlier version: the one before, or the one named; 0 is the bare base."""
     wire = await bodies.read_optional(request, Rollback)
     deps, user = services(request), caller(request).user
     number = await _one_back(deps, user) if wire.version is None else wire.version
     target = await _served(deps, user, number) if number else None
-    if target is not None:
-        await _stage(deps, target)
-    await deps.adapters.rollback(user.id, number)
-    if target is not None:
-        await flip(deps, target)
+    await rollback.go_back(deps.engine, deps.adapters, user.id, target)
     return web.json_response({"version": target.number if target else None})
 
 
@@ -76,23 +70,15 @@ async def import_peft(deps: Services, user: User, wire: Folder) -> dict[str, Any
     source = _absolute(wire.directory)
     version = await _published(deps, user, source)
     try:
-        await _stage(deps, version)
+        await rollback.stage(deps.engine, deps.adapters, version)
         await _check_drift(deps, version)
     except BaseException:
         with contextlib.suppress(NotFound):  # quarantined already
             await deps.adapters.reject(user.id, version.number)
         raise
     await deps.adapters.point(user.id, version.number)
-    await flip(deps, version)
+    await rollback.flip(deps.engine, version)
     return {"version": version.number}
-
-
-async def flip(deps: Services, version: Version) -> None:
-    """Tell the engine what the pointer says already. One that misses it loads the version with the next request."""
-    try:
-        await deps.engine.flip(ref(version))
-    except PersonaError as error:
-        log.warning("flip failed", user_id=version.user_id, version=version.number, kind=type(error).__name__)
 
 
 async def write_peft(deps: Services, version: Version, out: Path) -> None:
@@ -129,14 +115,6 @@ async def _published(deps: Services, user: User, source: Path) -> Version:
         raise
 
 
-async def _stage(deps: Services, version: Version) -> None:
-    try:
-        await deps.engine.stage(ref(version))
-    except AdapterError:
-        await deps.adapters.quarantine(version.user_id, version.number, "The engine refused its file.")
-        raise
-
-
 async def _check_drift(deps: Services, version: Version) -> None:
     """Raises AdapterError if the adapter unlearns what an assistant says."""
     drift = await evaluate.drift(deps.engine, deps.tokenizer, ref(version), deps.settings)
@@ -147,7 +125,7 @@ async def _check_drift(deps: Services, version: Version) -> None:
 
 async def _served(deps: Services, user: User, number: int) -> Version:
     version = await deps.adapters.get(user.id, number) if 0 < number < 1 << 31 else None
-    if version is None or version.state is not VersionState.PUBLISHED or version.base != deps.base():
+    if version is None or not rollback.can_serve(version, deps.base()):
         raise NotFound(_UNKNOWN, code="version_not_found", param="version")
     return version
 
@@ -160,7 +138,7 @@ async def _one_back(deps: Services, user: User) -> int:
     earlier = [
         version.number
         for version in await deps.adapters.list(user.id)
-        if version.number < active.number and version.state is VersionState.PUBLISHED and version.base == deps.base()
+        if version.number < active.number and rollback.can_serve(version, deps.base()) and not version.rolled_back
     ]
     return max(earlier, default=0)
 

@@ -3,6 +3,7 @@
 from datetime import datetime
 from typing import Any
 
+from jobs.figures import Figures
 from persona.chat_reply import Reply, Sheet
 from persona.domain import Entry, Fact, Run, User, Version
 from persona.engine.protocol import Progress
@@ -105,7 +106,7 @@ def letter(one: Letter) -> dict[str, Any]:
     }
 
 
-def version(one: Version, active: int | None) -> dict[str, Any]:
+def version(one: Version, active: int | None, live: Figures | None = None) -> dict[str, Any]:
     return {
         "number": one.number,
         "model": f"persona@{one.number}",
@@ -119,6 +120,20 @@ def version(one: Version, active: int | None) -> dict[str, Any]:
         "created": time(one.created),
         "run": one.run_id,
         "metrics": one.metrics,
+        "rolled_back": one.rolled_back,
+        "live": figures(live) if live else None,
+    }
+
+
+def figures(one: Figures) -> dict[str, Any]:
+    """What the live check says of a version. `gain` and `interval` in nats per token, `against` 0: the bare base."""
+    return {
+        "against": one.against or 0,
+        "messages": one.messages,
+        "tokens": one.tokens,
+        "gain": one.gain.mean,
+        "interval": [one.gain.lower, one.gain.upper],
+        "verdict": one.word,
     }
 
 

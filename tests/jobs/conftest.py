@@ -13,6 +13,7 @@ from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.database import Database
 from storage.history import History
+from storage.live import LiveChecks
 from storage.runs import Runs
 from storage.users import Users
 
@@ -23,7 +24,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     clock, root = Clock(), tmp_path / "adapters"
     settings = Settings.model_validate({"home": tmp_path, "learning": learning().model_dump()})
     engine = ScriptedEngine(score=improving)
-    yield World(Users(db, clock), History(db), Adapters(db, root), Runs(db), engine, clock, settings, root)
+    parts = (Users(db, clock), History(db), Adapters(db, root), Runs(db), LiveChecks(db))
+    yield World(*parts, engine, clock, settings, root)
     await db.close()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from histories import DAWN, TEXT
 
 from jobs.finetune import Finetune
+from jobs.live import LiveCheck
 from jobs.schedule import Schedule
 from persona.domain import Entry, Run, User
 from persona.engine.protocol import ScoreRequest
@@ -15,6 +16,7 @@ from persona.engine.scripted import ScriptedEngine
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.history import History, ImportItem
+from storage.live import LiveChecks
 from storage.runs import Runs
 from storage.users import Users
 
@@ -49,6 +51,7 @@ class World:
     history: History
     adapters: Adapters
     runs: Runs
+    checks: LiveChecks
     engine: ScriptedEngine
     clock: Clock
     settings: Settings
@@ -68,7 +71,12 @@ class World:
             self.clock,
         )
 
-    def schedule(self, finetune: Finetune | None = None) -> Schedule:
+    def live(self) -> LiveCheck:
+        """As after a start of the service."""
+        parts = (self.settings, self.users, self.history, self.adapters, self.checks, self.engine)
+        return LiveCheck(*parts, TEXT, lambda: self.base, self.clock)
+
+    def schedule(self, finetune: Finetune | None = None, live: LiveCheck | None = None) -> Schedule:
         return Schedule(
             self.settings,
             self.users,
@@ -77,6 +85,7 @@ class World:
             self.runs,
             finetune or self.finetune(),
             self.clock,
+            live=live,
         )
 
     async def say(self, user: User, entries: list[Entry]) -> None:

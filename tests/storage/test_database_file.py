@@ -278,7 +278,7 @@ async def test_a_place_where_no_database_can_be_is_refused_in_clear_words(tmp_pa
 async def test_examining_a_file_changes_nothing(db, ann):
     await db.close()
     before = db.path.read_bytes()
-    assert database.examine(db.path) == ("0002", "0002")
+    assert database.examine(db.path) == ("0003", "0003")
     assert db.path.read_bytes() == before
 
 
@@ -378,7 +378,7 @@ async def test_threat_24_a_database_of_the_first_schema_is_upgraded_with_everyth
     db = await Database.open(path)
     connection = plain(path)
     assert contents(connection) == kept
-    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
+    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0003",)]
     connection.close()
     await db.check()
     ann = (await Users(db).authenticate("pk-old")).user
@@ -398,7 +398,7 @@ async def test_an_upgrade_keeps_a_copy_of_the_first_schema_that_opens_again(tmp_
     kept = of_the_first_schema(path)
     await (await Database.open(path)).close()
     (copy,) = database.upgrade_copies(path)
-    assert copy.name == "persona-before-0002-was-0001.db"
+    assert copy.name == "persona-before-0003-was-0001.db"
     connection = plain(copy)
     assert contents(connection) == kept
     assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]

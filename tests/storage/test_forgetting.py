@@ -56,6 +56,7 @@ async def test_threat_32_forget_leaves_no_byte_in_database_log_and_search_index(
     assert not Path(version.path).parent.exists()
     assert receipt == {
         "run_examples": 1,
+        "live_checks": 0,
         "versions": 1,
         "runs": 1,
         "entries": 41,
