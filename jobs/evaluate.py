@@ -158,12 +158,9 @@ class Scorer:
         self._recent_tokens = min(settings.prompt.recent_tokens, share - self._context_tokens)
 
     async def messages(self, side: Side) -> list[Loss]:
-        """One after another: serving comes first, and the gate waits in its queue."""
-        losses = []
-        for message in self._held_out:
-            framed = await asyncio.to_thread(self._turn, message, side.watermark)
-            losses.append(await self._loss(framed, side.adapter))
-        return losses
+        """All in one call, in slices beside serving: what their prompts share is computed once."""
+        framed = [await asyncio.to_thread(self._turn, message, side.watermark) for message in self._held_out]
+        return await self._losses(framed, side.adapter)
 
     async def drift(self, adapter: AdapterRef | None) -> float:
         neutral = await self.reference(None)
@@ -171,12 +168,9 @@ class Scorer:
 
     async def reference(self, adapter: AdapterRef | None) -> float:
         """Loss per token on the reference answers."""
-        system = self._system("")
-        losses = []
-        for ask, answer in reference():
-            context = [*system, Message(Role.USER, ask)]
-            losses.append(await self._loss(frames.reply(context, answer, tokenizer=self._tokenizer), adapter))
-        return _mean(losses)
+        asked = [([*self._system(""), Message(Role.USER, ask)], answer) for ask, answer in reference()]
+        framed = [frames.reply(context, answer, tokenizer=self._tokenizer) for context, answer in asked]
+        return _mean(await self._losses(framed, adapter))
 
     def _turn(self, message: HeldOut, watermark: EntryId) -> frames.Framed:
         """The prompt of `message` when it was sent, as a version with `watermark` would have got it."""
@@ -193,12 +187,10 @@ class Scorer:
         text = prompt.joined([self._settings.prompt.system, quoted])
         return [Message(Role.SYSTEM, text)] if text else []
 
-    async def _loss(self, framed: frames.Framed, adapter: AdapterRef | None) -> Loss:
-        framed = framed.clipped(targets=TARGET_TOKENS, tokens=self._context)
-        if not framed.targets:
-            return Loss(0.0, 0)
-        scores = await self._engine.score(ScoreRequest(framed.tokens, framed.targets, adapter))
-        return Loss(-sum(scores), len(scores))
+    async def _losses(self, framed: Sequence[frames.Framed], adapter: AdapterRef | None) -> list[Loss]:
+        clipped = [one.clipped(targets=TARGET_TOKENS, tokens=self._context) for one in framed]
+        scores = await self._engine.score_all([ScoreRequest(one.tokens, one.targets, adapter) for one in clipped])
+        return [Loss(-sum(some), len(some)) for some in scores]
 
 
 @lru_cache(maxsize=1)
