@@ -82,7 +82,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def as_dict(result: Result) -> dict[str, Any]:
-    """One person for a script: losses per token, no text."""
+    """One person for a script: losses per token, and nats of each message for further comparisons; no text."""
     conditions = {name: result.loss(name) for name in result.nats}
     about: dict[str, Any] = {"user": result.name, "tokens": result.own_tokens, "held_out_messages": len(result.lengths)}
     about |= {"held_out_tokens": sum(result.lengths), "conditions": conditions, "context_is": result.chosen}
@@ -90,6 +90,7 @@ def as_dict(result: Result) -> dict[str, Any]:
     about["gain_interval"] = list(interval(result, "context", "adapter_context"))
     about |= {"reference": result.reference, "recognised": result.recognised, "answered": result.answered}
     about |= {"curve": result.curve, "bytes": result.bytes, "seconds": result.seconds}
+    about["messages"] = {"tokens": result.lengths, "nats": result.nats}
     return about
 
 

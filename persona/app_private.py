@@ -1,12 +1,14 @@
 """An engine of one's own in a home that is gone afterwards: for experiments, beside a service or without one."""
 
 import asyncio
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from persona import logs
 from persona.doctor import available_memory
 from persona.domain import ChatTokenizer
 from persona.engine.client import LocalEngine
@@ -14,7 +16,7 @@ from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
 from persona.engine.text import Text
 from persona.errors import ConfigurationError
-from persona.settings import Settings
+from persona.settings import Log, Settings
 from storage.database import Database
 
 MEMORY_MB = 768  # for cache and adapters, at most: few sequences run at once
@@ -36,6 +38,7 @@ class Private:
 @asynccontextmanager
 async def private(settings: Settings, prepared: Prepared) -> AsyncIterator[Private]:
     """An engine with the prepared model and an empty database. Raises ConfigurationError if memory is short."""
+    logs.configure(Log(level="warning"), sys.stderr)  # stdout is for what was found
     weights = sum(file.stat().st_size for file in prepared.folder.iterdir())
     wanted = 2 * weights + (MEMORY_MB << 20) + _OVERHEAD
     if (available := available_memory()) < wanted:

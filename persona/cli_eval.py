@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.trial import Options
-from persona import cli_trial
 from persona.cli_link import Link
 from persona.cli_screen import Json, emit, say, settings, table
 from persona.errors import RequestError
@@ -53,6 +51,9 @@ def evaluate(
     if data is None:
         _live(Link(settings(context)), user, json)
         return
+    from jobs.trial import Options  # half a second that no other command needs
+    from persona import cli_trial
+
     options = Options(tokens, rounds, cli_trial.context(contexts), probes, questions)
     wishes = cli_trial.Wishes(data, users, only, without, prior, plot, options)
     cli_trial.trial(settings(context), wishes, json=json)

@@ -1,25 +1,13 @@
 """`persona prior train`: an adapter of several people's words, from which users start."""
 
 import asyncio
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
-from jobs import people
-from jobs import prior as priors
-from persona.app_private import Private, private
-from persona.cli_screen import Json, emit, progress, say, settings
-from persona.cli_serve import fetched
-from persona.cli_trial import names
-from persona.domain import Entry, EntryId
-from persona.engine import adapter_file
+from persona.cli_screen import Json, emit, say, settings
 from persona.errors import RequestError
-from persona.settings import Settings
-from storage.history import History
-from storage.users import Users
 
 prior = typer.Typer(help="The prior: what users start from.", no_args_is_help=True)
 
@@ -41,41 +29,14 @@ def train(
     configuration = settings(context)
     if out.exists() and any(out.iterdir()):
         raise RequestError(f"{out} is not empty: name a new folder.")
+    from jobs import people  # half a second that no other command needs
+    from persona import cli_prior_run
+    from persona.cli_trial import names
+
     some = people.read(data, only=names(only), without=names(without), limit=users)
-    told = asyncio.run(_train(configuration, some, tokens, out))
+    told = asyncio.run(cli_prior_run.train(configuration, some, tokens, out))
     if json:
         emit(told)
     else:
         say(f"Learned from {told['people']} people, {told['examples']} examples: {told['bytes']} bytes in {out}.")
         say(f'Put prior = "{out.absolute()}" under [learning], and users who have no version yet start from it.')
-
-
-async def _train(
-    configuration: Settings, some: list[people.Person], tokens: int, out: Path
-) -> dict[str, str | int | float]:
-    prepared = await asyncio.to_thread(fetched, configuration)
-    async with private(configuration, prepared) as parts:
-        histories = [await _history(parts, number, person) for number, person in enumerate(some)]
-        examples = priors.examples(histories, tokenizer=parts.tokenizer, settings=parts.settings, tokens=tokens)
-        out.mkdir(parents=True, exist_ok=True)
-        seconds = 0.0
-        with progress(*Progress.get_default_columns()) as bar:
-            task = bar.add_task("training")
-            async for step in priors.train(parts.engine, examples, parts.settings, out):
-                bar.update(task, completed=step.step, total=step.steps)
-                seconds = step.seconds
-        size = (out / adapter_file.FILE).stat().st_size
-        about = {"people": len(some), "examples": len(examples), "seconds": seconds, "bytes": size}
-        return {**about, "folder": str(out), "base": parts.base}
-
-
-async def _history(parts: Private, number: int, person: people.Person) -> list[Entry]:
-    """The person's entries, as the service would store them."""
-    history = History(parts.database)
-    user = await Users(parts.database).add(f"p{number}")
-
-    def count(text: str) -> int:
-        return len(parts.tokenizer.encode(text))
-
-    await history.import_(user.id, person.items, count=count, now=datetime.now(UTC))
-    return await history.recent(user.id, EntryId(0), exclude=(), limit=len(person.items))

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
@@ -17,8 +17,8 @@ from persona.settings import Log
 log = structlog.get_logger()
 
 
-def configure(settings: Log) -> None:
-    """Set up logging for this process."""
+def configure(settings: Log, file: TextIO | None = None) -> None:
+    """Set up logging for this process, to `file` in place of stdout."""
     level = getattr(logging, settings.level.upper())
     structlog.configure(
         processors=[
@@ -28,7 +28,7 @@ def configure(settings: Log) -> None:
             _renderer(settings.json_lines),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(),
+        logger_factory=structlog.WriteLoggerFactory(file),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[Foreign(logging.WARNING)], level=logging.WARNING, force=True)

@@ -1,0 +1,126 @@
+"""`persona eval --data` and `persona prior train`, as typed: a real small engine, each mistake a sentence."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import people as files
+import pytest
+import structlog
+from models import Models
+from typer.testing import CliRunner, Result
+
+from persona.cli import app
+
+SETTINGS = """
+[model]
+name = "{model}"
+device = "cpu"
+[engine]
+context = 1024
+memory_mb = 64
+threads = 1
+[learning]
+held_out_messages = 6
+held_out_tokens = 30
+min_aged_tokens = 20
+learning_rate = 0.02
+passes = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration for a tiny model, and a file of three people."""
+    folder = tmp_path_factory.mktemp("eval")
+    model = Models(folder).checkpoint()
+    (folder / "persona.toml").write_text(SETTINGS.format(model=model), encoding="utf-8")
+    files.write(folder / "all.jsonl")
+    return folder
+
+
+@pytest.fixture
+def persona(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Command"]:
+    monkeypatch.setenv("PERSONA_CACHE", str(home / "cache"))
+    yield Command(home)
+    structlog.reset_defaults()
+
+
+class Command:
+    """Types commands."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def __call__(self, *words: object) -> Result:
+        return CliRunner().invoke(app, ["--config", str(self.home / "persona.toml"), *map(str, words)])
+
+    def told(self, *words: object) -> dict[str, object]:
+        result = self(*words)
+        assert result.exit_code == 0, result.output
+        answer: dict[str, object] = json.loads(result.stdout)
+        return answer
+
+
+EVAL = ("eval", "--contexts", "recent:256,found:256", "--rounds", 1, "--probes", 3)
+
+
+def test_an_experiment_is_told_drawn_and_leaves_nothing_behind(persona: Command, home: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "gain.svg"
+    said = persona.told(*EVAL, "--data", home / "all.jsonl", "--users", 2, "--questions", 2, "--plot", plot, "--json")
+    users, summary = said["users"], said["summary"]
+    assert [user["user"] for user in users] == ["ann", "bob"]  # type: ignore[attr-defined]
+    for user in users:  # type: ignore[attr-defined]
+        assert {"base", "context", "adapter", "adapter_context", "wrong_user"} <= set(user["conditions"])
+        assert set(user["reference"]) == {"base", "adapter"}
+        assert user["bytes"] > 0
+        assert user["seconds"] > 0
+    assert summary["adapter_over_wrong_user"]["better"] == 1.0  # type: ignore[index]
+    assert summary["adapter_context_over_context"]["people"] == 2  # type: ignore[index]
+    ElementTree.fromstring(plot.read_text(encoding="utf-8"))
+
+
+def test_people_read_it_as_a_table(persona: Command, home: Path) -> None:
+    result = persona(*EVAL, "--data", home / "all.jsonl", "--only", "bob,ann")
+    assert result.exit_code == 0, result.output
+    assert "adapter context over context" in result.output
+    assert result.output.index("bob") < result.output.index("ann")
+
+
+def test_a_prior_is_trained_and_started_from(persona: Command, home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prior"
+    told = persona.told(
+        "prior", "train", folder, "--data", home / "all.jsonl", "--only", "eve", "--tokens", 9000, "--json"
+    )
+    assert told["people"] == 1
+    assert (folder / "adapter.safetensors").stat().st_size == told["bytes"]
+    said = persona.told(*EVAL, "--data", home / "all.jsonl", "--users", 2, "--prior", folder, "--json")
+    assert "adapter_context_over_prior_context" in said["summary"]  # type: ignore[operator]
+    again = persona("prior", "train", folder, "--data", home / "all.jsonl")
+    assert again.exit_code == 1
+    assert "not empty" in again.output
+
+
+MISTAKES = [
+    ((), "Say what to evaluate"),
+    (("--live", "--data", "all.jsonl"), "Say what to evaluate"),
+    (("--data", "none.jsonl"), "none.jsonl cannot be read"),
+    (("--data", "all.jsonl", "--only", "zoe"), "nobody called zoe"),
+    (("--data", "all.jsonl", "--contexts", "best:256"), "best:256"),
+    (("--data", "all.jsonl", "--contexts", "recent:many"), "recent:many"),
+    (("--data", "all.jsonl", "--prior", "nowhere"), "The prior"),
+    (("--data", "all.jsonl", "--plot", "nowhere/gain.svg"), "nowhere"),
+    (("--data", "all.jsonl", "--rounds", "30"), "too short"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES)
+def test_a_mistake_is_one_sentence(
+    persona: Command, home: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(home)
+    result = persona("eval", *words) if "--rounds" not in words else persona("eval", *words[:-1], 20)
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
+    assert "Traceback" not in result.output
