@@ -1,68 +1,112 @@
-"""Questions with known answers: whether the assistant still knows what it knew before it learned a user.
+"""Easy questions with known answers: does the assistant still answer under an adapter?
 
-They are easy on purpose, so that a small base answers many of them, and a damaged one visibly fewer.
+Each is asked once and alone, greedily, as the persona model is asked. A reply is right when it holds an accepted answer
+as a whole word, whatever its case and accents: «eight» stands neither in «eighteen» nor in «twenty-eight», and 8 not
+in 8.5.
 """
 
 import asyncio
-import json
 import re
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, cast
+
+import msgspec
 
 from persona import prompt
-from persona.domain import ChatTokenizer, Message, Role
+from persona.domain import ChatTokenizer, Finish, Message, Role
 from persona.engine.faces import Serving
-from persona.engine.protocol import AdapterRef, GenerateRequest, Sampling
+from persona.engine.protocol import AdapterRef, Chunk, GenerateRequest, Sampling
+from persona.errors import EngineDown
 from persona.settings import Settings
 
 QUESTIONS = Path(__file__).with_name("questions.json")
-REPLY_TOKENS = 32
-_AT_ONCE = 16
+AT_ONCE = 16  # the engine decodes them as one batch
+SAMPLING = Sampling(max_tokens=32, temperature=0.0)
+
+_Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked, and the words of which one has to be in the reply."""
+class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is asked, and the words of which a right reply holds one; numbers stand as digits and as words."""
 
-    ask: str
-    accept: tuple[str, ...]
+    ask: _Text
+    accept: Annotated[tuple[_Text, ...], msgspec.Meta(min_length=1)]
 
-    def answered(self, reply: str) -> bool:
-        """Whether an accepted word stands in `reply` as a whole word, in whatever case."""
-        return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reply, re.IGNORECASE) for word in self.accept)
+    def answered_by(self, reply: str) -> bool:
+        said = _folded(reply)
+        return any(_whole(_folded(answer)).search(said) for answer in self.accept)
 
 
 @lru_cache(maxsize=1)
 def questions() -> tuple[Question, ...]:
-    """Written for persona."""
-    items = json.loads(QUESTIONS.read_text(encoding="utf-8"))
-    return tuple(Question(item["ask"], tuple(item["accept"])) for item in items)
+    """Written for persona, subjects mixed. Raises msgspec.ValidationError if the file is not what it should be."""
+    return msgspec.json.decode(QUESTIONS.read_bytes(), type=tuple[Question, ...])
 
 
 async def answered(
-    engine: Serving, tokenizer: ChatTokenizer, adapter: AdapterRef | None, settings: Settings, limit: int = 100
+    engine: Serving,
+    tokenizer: ChatTokenizer,
+    adapter: AdapterRef | None,
+    settings: Settings,
+    limit: int = 100,
 ) -> list[bool]:
-    """Ask the first `limit` questions as the `persona` model is asked, greedily: which were answered."""
-    gate = asyncio.Semaphore(_AT_ONCE)
+    """Which of the first `limit` questions are answered right under `adapter` (None: the bare base), in their order.
 
-    async def ask(question: Question) -> bool:
-        async with gate:
-            return question.answered(await _reply(engine, tokenizer, adapter, settings, question.ask))
+    Raises AdapterError if the file cannot be served, Busy if the engine cannot generate now; the other questions are
+    given up then.
+    """
+    free = asyncio.Semaphore(AT_ONCE)
 
-    return list(await asyncio.gather(*(ask(question) for question in questions()[:limit])))
+    async def right(question: Question) -> bool:
+        async with free:
+            return question.answered_by(await _reply(engine, _request(question, tokenizer, adapter, settings)))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(right(question)) for question in questions()[:limit]]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in asked]
 
 
-async def _reply(
-    engine: Serving, tokenizer: ChatTokenizer, adapter: AdapterRef | None, settings: Settings, ask: str
-) -> str:
-    made = prompt.compose(
+def _request(
+    question: Question, tokenizer: ChatTokenizer, adapter: AdapterRef | None, settings: Settings
+) -> GenerateRequest:
+    """The prompt that serving composes for somebody without a history."""
+    composed = prompt.compose(
         system=settings.prompt.system,
         recent=(),
-        conversation=[Message(Role.USER, ask)],
+        conversation=[Message(Role.USER, question.ask)],
         retrieved=(),
         tokenizer=tokenizer,
-        budget=prompt.Budget(settings.engine.context - REPLY_TOKENS, 0, 0),
+        budget=prompt.Budget(total=settings.engine.context - SAMPLING.max_tokens, recent=0, retrieved=0),
     )
-    request = GenerateRequest(made.rendered.tokens, Sampling(max_tokens=REPLY_TOKENS), adapter)
-    return "".join([chunk.text async for chunk in engine.generate(request)])
+    return GenerateRequest(composed.rendered.tokens, SAMPLING, adapter, adapter.user_id if adapter else 0)
+
+
+async def _reply(engine: Serving, request: GenerateRequest) -> str:
+    """The whole text. Raises EngineDown for a reply that was broken off: it says nothing about the adapter."""
+    said = []
+    async with aclosing(cast(AsyncGenerator[Chunk], engine.generate(request))) as chunks:
+        async for chunk in chunks:
+            said.append(chunk.text)
+            if chunk.finish in (Finish.STOP, Finish.LENGTH):
+                return "".join(said)
+            if chunk.finish is not None:
+                raise EngineDown(chunk.error or "The engine broke the reply off; try again.")
+    raise EngineDown("The engine ended the reply without a reason; try again.")
+
+
+def _folded(text: str) -> str:
+    """Without case and accents; «H₂O» is «h2o»."""
+    apart = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(sign for sign in apart if not unicodedata.combining(sign))
+
+
+def _whole(answer: str) -> re.Pattern[str]:
+    """`answer` where it is no part of a longer or hyphenated word, or of a longer number; −5 is not 5 either."""
+    return re.compile(rf"(?<![\w−-])(?<!\d[.,]){re.escape(answer)}(?![.,]\d|-?\w)")

@@ -36,8 +36,8 @@ def adapter(bench: Bench, folder: Path, user: int, number: int = 1, **options: f
 @pytest.fixture
 def refs(bench: Bench, tmp_path: Path) -> list[AdapterRef]:
     """Adapters of several ranks and forms, one user each."""
-    sizes = [(1, 8, 0), (2, 8, 0), (3, 16, 0), (4, 4, 0), (5, 8, 1)]
-    made = [adapter(bench, tmp_path, user, rank=rank, seed=seed) for user, rank, seed in sizes]
+    sizes = [(1, 8), (2, 8), (3, 16), (4, 4), (5, 8)]
+    made = [adapter(bench, tmp_path, user, rank=rank) for user, rank in sizes]
     made.append(adapters.lora(tmp_path / "6", bench.shape, bench.prepared.base, user=6))
     return [*made, adapter(bench, tmp_path, 7, layers=1)]
 
