@@ -33,7 +33,7 @@ log = structlog.get_logger()
 THROUGH = "through"  # the last entry that its run could see: what judges it comes later
 BEFORE = "before"  # the version that served before it, 0: the bare base
 
-MESSAGES = 8  # scored in one round, each under two versions: seconds on a small CPU
+MESSAGES = 8  # scored in one round, each under two versions: at 2 ms a token half a minute at most
 BESIDE_TRAINING = 1  # the same, while a run trains: it would wait for them
 MOST = 500  # messages that judge one version; then the figures stand
 LOOKED_AT = 2000  # of the user's messages after THROUGH
