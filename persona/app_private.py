@@ -43,7 +43,7 @@ async def private(settings: Settings, prepared: Prepared) -> AsyncIterator[Priva
     wanted = 2 * weights + (MEMORY_MB << 20) + _OVERHEAD
     if (available := available_memory()) < wanted:
         raise ConfigurationError(
-            f"An engine of its own wants {wanted >> 20} MiB of memory and {available >> 20} are available:"
+            f"An engine of its own wants {wanted >> 20} MiB of memory, and {available >> 20} MiB are available:"
             " stop the service or other programs meanwhile."
         )
     with tempfile.TemporaryDirectory(prefix="persona-") as home:

@@ -124,3 +124,12 @@ def test_a_mistake_is_one_sentence(
     assert result.exit_code == 1
     assert said in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(
+    persona: Command, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persona.app_private.available_memory", lambda: 1 << 20)
+    result = persona("eval", "--data", home / "all.jsonl")
+    assert result.exit_code == 1
+    assert "1 MiB are available" in " ".join(result.output.split())
