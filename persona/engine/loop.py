@@ -1,7 +1,7 @@
 """The life of the engine: one thread, one loop. inbox → step → outbox → slices.
 
 `handle` takes one request in, `work` runs one step and, when serving leaves time, one slice of training. Serving
-comes first: beside running sequences, training gets at most `SHARE` of their time. Any answer goes out through `send`.
+comes first: beside running sequences, slices get a share of their time. Any answer goes out through `send`.
 Nothing here blocks, and nothing that fails in one request or in training reaches another.
 """
 
@@ -24,7 +24,8 @@ from persona.engine.text import Detokenizer, Text
 from persona.engine.tiers import Tiers
 from persona.errors import Busy, PersonaError, RequestError, StorageFull, TooLarge, TrainingFailed
 
-SHARE = 0.09  # of busy time that training may take (PEERS' M8 allows gaps to grow by a tenth)
+SHARE = 0.09  # of busy time that training may take: gaps between tokens may grow by a tenth
+SCORING = 0.5  # the same for scoring, which is short: somebody's new version waits for its gate
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
 # Scores in slices: one item each, one list per (tokens, targets, adapter) at the end.
@@ -110,7 +111,8 @@ class EngineLoop:
         if plan:
             started = time.perf_counter()
             self._step(plan)
-            self._credit = min(0.0, self._credit + SHARE * (time.perf_counter() - started))
+            share = SCORING if self._scorings else SHARE
+            self._credit = min(0.0, self._credit + share * (time.perf_counter() - started))
         if self._sliced and (not plan or self._credit >= 0):
             started = time.perf_counter()
             self._slice()
