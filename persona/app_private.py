@@ -1,10 +1,11 @@
 """An engine of one's own in a home that is gone afterwards: for experiments, beside a service or without one."""
 
 import asyncio
+import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ async def private(settings: Settings, prepared: Prepared) -> AsyncIterator[Priva
             f"An engine of its own wants {wanted >> 20} MiB of memory, and {available >> 20} MiB are available:"
             " stop the service or other programs meanwhile."
         )
-    with tempfile.TemporaryDirectory(prefix="persona-") as home:
+    with _ended_properly(), tempfile.TemporaryDirectory(prefix="persona-") as home:
         mine = _adapted(settings, Path(home))
         tokenizer = await asyncio.to_thread(Text.load, prepared.folder)
         database = await Database.open(mine.database)
@@ -57,6 +58,16 @@ async def private(settings: Settings, prepared: Prepared) -> AsyncIterator[Priva
         finally:
             await engine.stop()
             await database.close()
+
+
+@contextmanager
+def _ended_properly() -> Iterator[None]:
+    """A SIGTERM ends the program as Ctrl-C does: the home goes, with the histories in it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _adapted(settings: Settings, home: Path) -> Settings:

@@ -1,6 +1,11 @@
 """`persona eval --data` and `persona prior train`, as typed: a real small engine, each mistake a sentence."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -133,3 +138,15 @@ def test_too_little_memory_is_told_before_anything_is_loaded(
     result = persona("eval", "--data", home / "all.jsonl")
     assert result.exit_code == 1
     assert "1 MiB are available" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_experiment_that_is_ended_leaves_no_history_behind(home: Path, tmp_path: Path, number: int) -> None:
+    environ = {**os.environ, "PERSONA_CACHE": str(home / "cache"), "TMPDIR": str(tmp_path)}
+    words = ["--config", str(home / "persona.toml"), "eval", "--data", str(home / "all.jsonl")]
+    with subprocess.Popen([sys.executable, "-m", "persona", *words], env=environ) as process:
+        while not list(tmp_path.glob("persona-*/adapters/*")) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) != 0
+    assert not list(tmp_path.glob("persona-*"))
