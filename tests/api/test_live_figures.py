@@ -160,12 +160,15 @@ async def test_threat_32_who_is_forgotten_while_checked_leaves_no_figures(start:
 
 def noise(prepared: Prepared) -> Write:
     shape = Shape.read(prepared.folder)
-    header = adapter_file.Header("sparse", prepared.base, 0, shape.layers, 8, 16.0, 0.2, 0)
+    header = adapter_file.Header("sparse", prepared.base, 0, shape.layers, 8, 16.0)
 
     def write(place: Path, user: int, number: int) -> None:
         source = np.random.default_rng([user, number])
-        sizes = {name: (shape.layers, adapter_file.nnz(shape.projection(name)[0] * 8, 0.2)) for name in TARGETS}
-        values = {name: source.normal(0, 0.6, size).astype(np.float16) for name, size in sizes.items()}
+        values: dict[str, adapter_file.Array] = {}
+        for target in TARGETS:
+            out, inputs = shape.projection(target)
+            a = source.normal(0, inputs**-0.5, (shape.layers, 8, inputs))
+            values |= adapter_file.rounded(target, a, source.normal(0, 0.6, (shape.layers, out, 8)))
         adapter_file.write(place, header, values)
 
     return write
