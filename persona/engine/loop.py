@@ -25,7 +25,7 @@ from persona.engine.tiers import Tiers
 from persona.errors import Busy, PersonaError, RequestError, StorageFull, TooLarge, TrainingFailed
 
 SHARE = 0.09  # of busy time that training may take: gaps between tokens may grow by a tenth
-SCORING = 0.5  # the same for scoring, which is short: somebody's new version waits for its gate
+SCORING = 1.0  # the same for scoring, which is short: a new version waits for its gate
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
 # Scores in slices: one item each, one list per (tokens, targets, adapter) at the end.
