@@ -3,15 +3,18 @@
 The same lines that `persona history import` takes, each naming its author in "user".
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+from persona.domain import Entry, EntryId, UserId
 from persona.errors import RequestError, Unprocessable
 from persona.wire import decode
 from storage import import_lines
-from storage.history import ImportItem
+from storage.history import History, ImportItem
 from storage.import_lines import WireItem
+from storage.users import Users
 
 
 class _Named(WireItem, kw_only=True):
@@ -49,6 +52,15 @@ def read(
     if not names:
         raise RequestError(f"{file} holds no history.")
     return [Person(name, tuple(found[name])) for name in names]
+
+
+async def enrol(
+    person: Person, number: int, users: Users, history: History, count: Callable[[str], int]
+) -> tuple[UserId, list[Entry]]:
+    """The person as a user of an experiment, called by number whatever their name, and their history as stored."""
+    user = await users.add(f"p{number}")
+    await history.import_(user.id, person.items, count=count, now=datetime.now(UTC))
+    return user.id, await history.recent(user.id, EntryId(0), exclude=(), limit=len(person.items))
 
 
 def _named(file: Path, number: int, line: bytes) -> _Named:

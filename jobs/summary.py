@@ -5,7 +5,7 @@ messages anew with replacement (a hierarchical bootstrap): it answers what other
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,6 @@ class Comparison:
     high: float
     better: float  # share of people with a gain above zero
     people: int
-
-    def as_dict(self) -> dict[str, float]:
-        return {"gain": self.gain, "low": self.low, "high": self.high, "better": self.better, "people": self.people}
 
 
 def gain(result: Result, over: str, under: str) -> float:
@@ -65,7 +62,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         "adapter_context_over_stale_context": compare(results, "stale_context", "adapter_context"),
         "context_over_base": compare(results, "base", "context"),
     }
-    found: dict[str, Any] = {name: one.as_dict() for name, one in compared.items() if one is not None}
+    found: dict[str, Any] = {name: asdict(one) for name, one in compared.items() if one is not None}
     found["losses"] = {name: _mean([r.loss(name) for r in results]) for name in _common(results)}
     drift = [result.reference["adapter"] / result.reference["base"] - 1 for result in results if result.reference]
     if drift:

@@ -15,14 +15,13 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from jobs import answers, dataset, evaluate
 from jobs.dataset import HeldOut
-from jobs.people import Person
+from jobs.people import Person, enrol
 from jobs.plans import plan
 from persona import frames, prompt
 from persona.domain import ChatTokenizer, Entry, EntryId, Message, Role, UserId
@@ -146,9 +145,7 @@ class Trial:
 
     async def _enrol(self, number: int, person: Person, options: Options) -> "_Pupil":
         """The person as a user with the newest part of their history."""
-        user = await self._users.add(f"p{number}")  # whatever they are called
-        await self._history.import_(user.id, person.items, count=self._count, now=datetime.now(UTC))
-        entries = await self._history.recent(user.id, EntryId(0), exclude=(), limit=len(person.items))
+        user_id, entries = await enrol(person, number, self._users, self._history, self._count)
         if options.tokens is not None:
             room = options.tokens
             for start in range(len(entries) - 1, -1, -1):
@@ -156,7 +153,7 @@ class Trial:
                 if room < 0:
                     entries = entries[start + 1 :]
                     break
-        return _Pupil(person.name, user.id, entries)
+        return _Pupil(person.name, user_id, entries)
 
     async def _learn(self, pupil: "_Pupil", rounds: int) -> list[Stage]:
         stages: list[Stage] = []
@@ -205,7 +202,7 @@ class Trial:
     ) -> Result:
         last, short = stages[-1], options.contexts[0].tokens
         result = Result(pupil.name, last.own_tokens, bytes=last.bytes, seconds=sum(s.seconds for s in stages))
-        result.lengths = [len(self._draft(message, "").targets) for message in last.held_out]
+        result.lengths = [len(self.draft(message, "").targets) for message in last.held_out]
         measure = _Measure(self, pupil, last.held_out, result)
         await measure("base", None)
         for context in options.contexts:
@@ -230,7 +227,7 @@ class Trial:
     async def _point(self, pupil: "_Pupil", stage: Stage, context: Context) -> dict[str, float]:
         """The curve after an earlier round, on the messages that came next then."""
         then = Result(pupil.name, stage.own_tokens)
-        then.lengths = [len(self._draft(message, "").targets) for message in stage.held_out]
+        then.lengths = [len(self.draft(message, "").targets) for message in stage.held_out]
         measure = _Measure(self, pupil, stage.held_out, then)
         await measure("base", None)
         await measure("context", None, context)
@@ -257,7 +254,8 @@ class Trial:
         some = dataset.redacted([entry for entry in found if entry.id in mine])
         return prompt.quote_found(some, self._tokenizer, context.tokens).text
 
-    def _draft(self, message: HeldOut, quoted: str, text: str | None = None) -> frames.Framed:
+    def draft(self, message: HeldOut, quoted: str, text: str | None = None) -> frames.Framed:
+        """The message, or `text` in its place, as a draft after what was said before it."""
         lines = frames.trim_lines(message.lines, self._settings.learning.context_tokens, self._tokenizer)
         framed = frames.draft(lines, message.text if text is None else text, quoted=quoted, tokenizer=self._tokenizer)
         return framed.clipped(targets=dataset.TARGET_TOKENS, tokens=self._settings.engine.context)
@@ -296,12 +294,12 @@ class Trial:
         """Whether the likeliest per token is the true one, among those of other people with the nearest lengths."""
         near = sorted(others, key=lambda other: (abs(other.tokens - message.tokens), other.entry_id))
         texts = [message.text, *(other.text for other in near[: CANDIDATES - 1])]
-        found = await self.scored([self._draft(message, "", text) for text in texts], adapter)
+        found = await self.scored([self.draft(message, "", text) for text in texts], adapter)
         means = [sum(values) / len(values) for values in found]
         return max(range(len(means)), key=means.__getitem__) == 0
 
     async def _nats(self, messages: Sequence[HeldOut], adapter: AdapterRef) -> list[float]:
-        found = await self.scored([self._draft(message, "") for message in messages], adapter)
+        found = await self.scored([self.draft(message, "") for message in messages], adapter)
         return [-sum(values) for values in found]
 
     async def _question(self, stages: Sequence[list[Stage]], results: Sequence[Result], limit: int) -> None:
@@ -339,6 +337,6 @@ class _Measure:
 
     async def __call__(self, name: str, adapter: AdapterRef | None, context: Context | None = None) -> None:
         quoted = [await self.trial.quoted(self.pupil, message, context) for message in self.messages]
-        framed = [self.trial._draft(message, text) for message, text in zip(self.messages, quoted, strict=True)]
+        framed = [self.trial.draft(message, text) for message, text in zip(self.messages, quoted, strict=True)]
         found = await self.trial.scored(framed, adapter)
         self.result.nats[name] = [-sum(values) for values in found]

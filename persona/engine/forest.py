@@ -1,6 +1,6 @@
 """Token sequences as a forest: what several of them have in common at their beginning is computed once.
 
-Pure Python over integers. A node is one token after all that stands before it in its tree; sequences that begin alike
+Integers alone, no torch. A node is one token after all that stands before it in its tree; sequences that begin alike
 share nodes. Prompts of one user share a long beginning (system text, quoted history), so a forest of their messages has
 far fewer nodes than the sequences have tokens.
 

@@ -6,19 +6,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import adapters
 import pytest
 import structlog
 from live import Live, Start
 from models import Models
 
 from persona.domain import EntryId, User, Version
-from persona.engine import adapter_file
 from persona.engine.client import LocalEngine
 from persona.engine.prepare import Prepared
 from persona.engine.protocol import ScoreRequest
 from persona.engine.scripted import ScriptedEngine
-from persona.engine.shape import TARGETS, Shape
+from persona.engine.shape import Shape
 from persona.engine.text import Text
 from persona.settings import Settings
 
@@ -160,16 +159,9 @@ async def test_threat_32_who_is_forgotten_while_checked_leaves_no_figures(start:
 
 def noise(prepared: Prepared) -> Write:
     shape = Shape.read(prepared.folder)
-    header = adapter_file.Header("sparse", prepared.base, 0, shape.layers, 8, 16.0)
 
     def write(place: Path, user: int, number: int) -> None:
-        source = np.random.default_rng([user, number])
-        values: dict[str, adapter_file.Array] = {}
-        for target in TARGETS:
-            out, inputs = shape.projection(target)
-            a = source.normal(0, inputs**-0.5, (shape.layers, 8, inputs))
-            values |= adapter_file.rounded(target, a, source.normal(0, 0.6, (shape.layers, out, 8)))
-        adapter_file.write(place, header, values)
+        adapters.sparse(place, shape, prepared.base, user=user, number=number, size=0.6)
 
     return write
 

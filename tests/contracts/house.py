@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import adapters
 
 from persona.engine import adapter_file
-from persona.engine.adapter_file import Header
 from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
 from persona.engine.protocol import AdapterRef
-from persona.engine.shape import TARGETS, Shape
+from persona.engine.shape import Shape
 from persona.settings import Settings
 
 
@@ -62,13 +61,7 @@ def sparse(prepared: Prepared, base: str) -> Callable[[Path, int, int], None]:
     shape = Shape.read(prepared.folder)
 
     def write(place: Path, user: int, number: int) -> None:
-        source = np.random.default_rng([user, number])
-        values: dict[str, adapter_file.Array] = {}
-        for target in TARGETS:
-            out, inputs = shape.projection(target)
-            a = source.normal(0, inputs**-0.5, (shape.layers, 8, inputs))
-            values |= adapter_file.rounded(target, a, source.normal(0, 0.2, (shape.layers, out, 8)))
-        adapter_file.write(place, Header("sparse", base, 0, shape.layers, 8, 16.0), values)
+        adapters.sparse(place, shape, base, user=user, number=number)
 
     return write
 
