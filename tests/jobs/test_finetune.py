@@ -64,7 +64,7 @@ async def test_the_plan_comes_from_the_settings(world: World, ann: User, tell: T
         wanted.slice_tokens,
     )
     assert plan.max_tokens == wanted.max_run_tokens
-    assert plan.seed == 0  # one frozen A for all users
+    assert plan.seed == 0  # one A before training for all users
 
 
 async def test_the_next_run_goes_on_from_the_version_that_serves(world: World, ann: User, tell: Tell) -> None:
