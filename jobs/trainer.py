@@ -289,7 +289,7 @@ class _Forward(Branches):
     """
 
     def __init__(self, decoder: Decoder, forest: Forest, factors: Factors) -> None:
-        super().__init__(decoder, forest, factors)
+        super().__init__(decoder, forest.whole(), factors)
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def project(self, layer: int, target: str, base: Projection, x: torch.Tensor) -> torch.Tensor:

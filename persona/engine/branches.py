@@ -1,18 +1,22 @@
-"""One forward over a forest, without a cache: what scoring and training have in common.
+"""Forwards over a forest, without the paged cache: what scoring and training have in common.
 
 Each node attends to itself and to what stands before it in its tree, so all sequences of a forest go through the base
-side by side, and a beginning that they share goes once. Spare rows fill the last block: they see only themselves and
-nobody sees them.
+side by side, and a beginning that they share goes once. Scoring takes a forest of any size in chunks and keeps of each
+layer the keys and values that later chunks look back to:
+
+    before        │ chunk         │ spare
+    kept k and v  │ this forward  │ rows that fill the last block: they see only themselves, nobody sees them
 """
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
 from persona.engine.decoder import Decoder
-from persona.engine.forest import Forest, packed
+from persona.engine.forest import Chunk, Forest
 from persona.engine.lora import Resident
 from persona.engine.weights import Projection
 
@@ -21,18 +25,38 @@ ROUND = 64  # rows to which a forward is filled up: oneDNN compiles a kernel for
 HEAD_ROWS = 64  # targets whose logits are in memory at once
 
 
-class Branches:
-    """All nodes of a forest as one pass: implements decoder.Pass. `tokens`: [rows], nodes and then spare rows."""
+class Kept:
+    """A layer's keys and values [before, kv_heads, dim] of the nodes that later chunks look back to."""
 
-    def __init__(self, decoder: Decoder, forest: Forest, factors: Factors) -> None:
-        device, nodes = decoder.device, len(forest)
+    def __init__(self) -> None:
+        self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def joined(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that a chunk's rows may see, k and v [before + rows, …]; what stands at `keep` is kept."""
+        if layer in self._pairs:
+            keys, values = self._pairs[layer]
+            k, v = torch.cat([keys, k]), torch.cat([values, v])
+        self._pairs[layer] = k[keep], v[keep]
+        return k, v
+
+
+class Branches:
+    """A chunk of a forest as one pass: implements decoder.Pass. `tokens`: [rows], nodes and then spare rows."""
+
+    def __init__(self, decoder: Decoder, chunk: Chunk, factors: Factors, kept: Kept | None = None) -> None:
+        """kept: of the chunks before; needed where there is more than one."""
+        device, nodes, before = decoder.device, len(chunk), chunk.seen.shape[1] - len(chunk)
         self.spare = ROUND - nodes % ROUND  # at least one
-        self.tokens = torch.tensor(forest.tokens + [0] * self.spare, device=device)
-        self.rotary = decoder.rotary(torch.tensor(forest.positions + [0] * self.spare, device=device))
-        self.mask = torch.eye(nodes + self.spare, dtype=torch.bool)
-        self.mask[:nodes, :nodes] = torch.from_numpy(forest.seen())
+        self.tokens = torch.tensor(chunk.tokens + [0] * self.spare, device=device)
+        self.rotary = decoder.rotary(torch.tensor(chunk.positions + [0] * self.spare, device=device))
+        self.mask = torch.zeros(nodes + self.spare, before + nodes + self.spare, dtype=torch.bool)
+        self.mask[:nodes, : before + nodes] = torch.from_numpy(chunk.seen)
+        self.mask[nodes:, before + nodes :] = torch.eye(self.spare, dtype=torch.bool)
         self.mask = self.mask.to(device)
-        self._factors = factors
+        self._keep = torch.tensor(chunk.keep, dtype=torch.int64, device=device)
+        self._factors, self._kept = factors, kept
 
     def project(self, layer: int, target: str, base: Projection, x: torch.Tensor) -> torch.Tensor:
         y = x @ base.dense(x.dtype)
@@ -42,6 +66,8 @@ class Branches:
         return y if found is None else y + (x @ found[0]) @ found[1]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self._kept is not None:
+            k, v = self._kept.joined(layer, k, v, self._keep)
         return attended(q, k, v, self.mask)
 
 
@@ -59,42 +85,54 @@ def scores(
 
     Neighbours with one adapter share a forest. Each item is a slice; the result is one list per request.
     """
-    found: list[list[float]] = []
-    for _, group in groupby(wanted, key=lambda one: id(one[2])):
-        members = list(group)
-        # The last token of a sequence is only predicted.
-        for forest, paths in packed([tokens[: targets[-1]] for tokens, targets, _ in members], size):
-            some = [(members[index], path) for index, path in paths]
-            rows = [path[target - 1] for (_, targets, _), path in some for target in targets]
-            following = [tokens[target] for (tokens, targets, _), _ in some for target in targets]
-            values = yield from _logprobs(decoder, forest, members[0][2], rows, following)
-            start = 0
-            for (_, targets, _), _ in some:
-                found.append(values[start : start + len(targets)])
-                start += len(targets)
+    found = [[0.0] * len(targets) for _, targets, _ in wanted]
+    for _, group in groupby(range(len(wanted)), key=lambda index: id(wanted[index][2])):
+        forest, asked = Forest(), list[_Asked]()
+        members = sorted(group, key=lambda index: wanted[index][0])  # walked branch by branch
+        for index in members:
+            tokens, targets, _ = wanted[index]
+            path = forest.add(tokens[: targets[-1]])  # the last token is only predicted
+            asked += [_Asked(path[target - 1], tokens[target], index, n) for n, target in enumerate(targets)]
+        for one, value in (yield from _logprobs(decoder, forest, wanted[members[0]][2], asked, size)):
+            found[one.index][one.place] = value
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """How likely is `token` after `node`? The answer stands at `place` among those for request `index`."""
+
+    node: int
+    token: int
+    index: int
+    place: int
+
+
 def _logprobs(
-    decoder: Decoder, forest: Forest, adapter: Resident | None, rows: list[int], following: list[int]
-) -> Generator[None, None, list[float]]:
-    """Of the tokens `following`, each after the node in `rows`."""
+    decoder: Decoder, forest: Forest, adapter: Resident | None, asked: list[_Asked], size: int
+) -> Generator[None, None, list[tuple[_Asked, float]]]:
+    """An answer to each of `asked`."""
 
     def factors(layer: int, target: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         return adapter.factors.get((layer, target)) if adapter else None
 
-    run = Branches(decoder, forest, factors)
-    with torch.no_grad():
-        h = decoder.embedded(run.tokens)
-    for layer in range(decoder.shape.layers):
+    answers: list[tuple[_Asked, float]] = []
+    kept = Kept()
+    for chunk in forest.chunks(max(1, size - 1)):  # and a spare row
+        run = Branches(decoder, chunk, factors, kept)
         with torch.no_grad():
-            h = decoder.layer(layer, h, run)
-        yield
-    values: list[float] = []
-    for start in range(0, len(rows), HEAD_ROWS):
-        with torch.no_grad():
-            logits = decoder.logits(h[torch.tensor(rows[start : start + HEAD_ROWS], device=h.device)])
-            wanted = torch.tensor(following[start : start + HEAD_ROWS], device=h.device)
-            values += (logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(-1)).tolist()
-        yield
-    return values
+            h = decoder.embedded(run.tokens)
+        for layer in range(decoder.shape.layers):
+            with torch.no_grad():
+                h = decoder.layer(layer, h, run)
+            yield
+        here = [one for one in asked if 0 <= one.node - chunk.start < len(chunk)]
+        for start in range(0, len(here), HEAD_ROWS):
+            some = here[start : start + HEAD_ROWS]
+            with torch.no_grad():
+                logits = decoder.logits(h[[one.node - chunk.start for one in some]])
+                wanted = torch.tensor([one.token for one in some], device=h.device)
+                values = logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(-1)
+            answers += zip(some, values.tolist(), strict=True)
+            yield
+    return answers

@@ -49,14 +49,52 @@ class Forest:
             path.append(node)
         return path
 
-    def seen(self) -> NDArray[np.bool_]:
-        """[nodes, nodes]: True where the column is the row's node or stands before it."""
-        mask = np.zeros((len(self), len(self)), np.bool_)
-        for node, parent in enumerate(self.parents):
-            if parent != ROOT:
-                mask[node] = mask[parent]
-            mask[node, node] = True
-        return mask
+    def chunks(self, size: int) -> "Iterator[Chunk]":
+        """All nodes in pieces of at most `size`, in order.
+
+        What a later piece has to look back to stays in sight from piece to piece. Where sequences were added in sorted
+        order, that is one sequence at most, however many nodes there are.
+        """
+        reach = list(range(len(self)))  # the last node below each
+        for node in range(len(self) - 1, -1, -1):
+            if (parent := self.parents[node]) != ROOT:
+                reach[parent] = max(reach[parent], reach[node])
+        before: list[int] = []
+        sight = np.zeros((0, 0), np.bool_)  # among the nodes before
+        for start in range(0, len(self), size):
+            end = min(start + size, len(self))
+            places = {node: place for place, node in enumerate([*before, *range(start, end)])}
+            seen = np.zeros((len(places), len(places)), np.bool_)
+            seen[: len(before), : len(before)] = sight
+            for node in range(start, end):
+                if self.parents[node] != ROOT:
+                    seen[places[node]] = seen[places[self.parents[node]]]
+                seen[places[node], places[node]] = True
+            keep = [place for node, place in places.items() if reach[node] >= end]
+            yield Chunk(self.tokens[start:end], self.positions[start:end], start, seen[len(before) :], keep)
+            before, sight = [node for node in places if reach[node] >= end], seen[np.ix_(keep, keep)]
+
+    def whole(self) -> "Chunk":
+        """All nodes in one piece; there must be some."""
+        return next(self.chunks(len(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Neighbouring nodes of a forest, the first of them node `start`.
+
+    seen: [nodes, before + nodes], True where the column is the row's node or stands before it; `before` are the kept
+    nodes of earlier chunks · keep: those columns that later chunks look back to.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    start: int
+    seen: NDArray[np.bool_]
+    keep: list[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 def packed(sequences: Sequence[Sequence[int]], size: int) -> Iterator[tuple[Forest, list[tuple[int, list[int]]]]]:

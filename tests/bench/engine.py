@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from persona.engine import adapter_file, checkpoint_file, device, prepare
 from persona.engine.client import LocalEngine
-from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, TrainRequest
+from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, ScoreRequest, TrainRequest
 from persona.engine.shape import TARGETS, Shape
 from persona.settings import Settings
 
@@ -165,6 +165,29 @@ async def training_beside_serving(engine: LocalEngine, out: Path, tokens: int) -
     report("gaps in ms, engine always busy", alone=gaps(alone), training=gaps(beside), slices=slices)
 
 
+async def scoring(engine: LocalEngine, refs: list[AdapterRef]) -> None:
+    """A gate's work: 21 messages behind one beginning of 400 tokens, one at a time, together, and beside a stream."""
+    start = prompt(0, 400)
+    some = [ScoreRequest([*start, *prompt(seed, 80)], list(range(455, 480)), refs[0]) for seed in range(1, 22)]
+    await engine.score_all(some[:2])
+
+    async def singly() -> None:
+        for request in some:
+            await engine.score(request)
+
+    async def timed(work: Awaitable[object]) -> float:
+        started = time.perf_counter()
+        await work
+        return round(time.perf_counter() - started, 2)
+
+    one_by_one, together = await timed(singly()), await timed(engine.score_all(some))
+    alone = gaps(await stream(engine, 192, 1))
+    task = asyncio.create_task(timed(engine.score_all(some)))
+    beside = gaps(await stream(engine, 192, 1))
+    task.cancel()
+    report("scoring, s", one_by_one=one_by_one, together=together, gaps_alone=alone, gaps_beside=beside)
+
+
 async def flip(engine: LocalEngine, refs: list[AdapterRef], rounds: int) -> None:
     """From the flip of a staged version to the first step on it."""
     times = []
@@ -200,6 +223,7 @@ async def main() -> None:
             "flip": flip(engine, refs, options.rounds),
             "training alone": training_alone(engine, folder),
             "state": keeping_the_state(engine, prepared, folder),
+            "scoring": scoring(engine, refs),
             "gaps": training_beside_serving(engine, folder, options.tokens),
         }
         for name, measure in measures.items():

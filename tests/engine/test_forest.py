@@ -38,18 +38,31 @@ def test_equal_beginnings_are_one_node(some: list[list[int]]) -> None:
     assert len(forest) == len(beginnings)
 
 
-@given(sequences)
-def test_a_node_sees_itself_and_what_stands_before_it_in_its_tree(some: list[list[int]]) -> None:
+@given(sequences, st.integers(1, 40))
+def test_in_any_chunks_a_node_sees_itself_and_what_stands_before_it(some: list[list[int]], size: int) -> None:
     forest = Forest()
     for sequence in some:
         forest.add(sequence)
-    seen = forest.seen()
-    for node in range(len(forest)):
-        before = walk(forest, node)
-        assert sorted(forest.positions[other] for other in seen[node].nonzero()[0]) == list(range(len(before)))
-        assert all(
-            walk(forest, int(other)) == before[: forest.positions[other] + 1] for other in seen[node].nonzero()[0]
-        )
+    sight: list[int] = []  # nodes by their column
+    done = 0
+    for chunk in forest.chunks(size):
+        assert (chunk.start, len(chunk) <= size) == (done, True)
+        sight += range(done, done + len(chunk))
+        assert chunk.seen.shape == (len(chunk), len(sight))
+        for row in range(len(chunk)):
+            seen = [sight[column] for column in chunk.seen[row].nonzero()[0]]
+            assert [forest.tokens[node] for node in seen] == walk(forest, done + row)
+            assert seen[-1] == done + row
+        sight, done = [sight[column] for column in chunk.keep], done + len(chunk)
+    assert (done, sight) == (len(forest), [])
+
+
+@given(sequences, st.integers(1, 5))
+def test_in_sorted_order_one_sequence_at_most_stays_in_sight(some: list[list[int]], size: int) -> None:
+    forest = Forest()
+    for sequence in sorted(some):
+        forest.add(sequence)
+    assert all(len(chunk.keep) <= max(map(len, some)) for chunk in forest.chunks(size))
 
 
 @given(sequences, st.integers(1, 30))
