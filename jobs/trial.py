@@ -80,7 +80,6 @@ class Stage:
 
     adapter: AdapterRef
     own_tokens: int  # absorbed so far
-    watermark: EntryId
     held_out: list[HeldOut]
     bytes: int
     seconds: float  # of this round's training
@@ -126,17 +125,28 @@ class Trial:
         self._engine, self._tokenizer, self._folder, self._prior = engine, tokenizer, folder, prior
         self._notify = notify
 
-    async def run(self, people: Sequence[Person], options: Options) -> list[Result]:
-        """Everybody learns, then everybody is measured. Raises RequestError for a history that is too short."""
-        classes = [await self._enrol(number, person, options) for number, person in enumerate(people)]
-        stages = [await self._learn(one, options.rounds) for one in classes]
-        results = []
-        for place, one in enumerate(classes):
-            wrong = stages[(place + 1) % len(stages)][-1].adapter if len(stages) > 1 else None
-            self._notify(f"measuring {one.name}", place, len(classes))
-            results.append(await self._measure(one, stages[place], wrong, options))
+    async def run(
+        self, people: Sequence[Person], options: Options, told: Callable[[Result], None] = lambda result: None
+    ) -> list[Result]:
+        """One person after another learns and is measured; then all are recognised and asked.
+
+        told: gets each person as soon as they are measured. Raises RequestError for a history that is too short,
+        before anybody learns.
+        """
+        pupils = [await self._enrol(number, person, options) for number, person in enumerate(people)]
+        lessons = [await self._lessons(pupil, options.rounds) for pupil in pupils]
+        stages: list[list[Stage]] = []
+        results: list[Result] = []
+        for place, pupil in enumerate(pupils):
+            other = (place + 1) % len(pupils)
+            while len(stages) <= max(place, other):
+                stages.append(await self._learn(pupils[len(stages)], lessons[len(stages)]))
+            self._notify(f"measuring {pupil.name}", place, len(pupils))
+            wrong = stages[other][-1].adapter if other != place else None
+            results.append(await self._measure(pupil, stages[place], wrong, options))
+            told(results[-1])
         if options.probes:
-            await self._recognise(classes, [mine[-1] for mine in stages], results, options.probes)
+            await self._recognise(pupils, [mine[-1] for mine in stages], results, options.probes)
         if options.questions:
             await self._question(stages, results, options.questions)
         return results
@@ -155,39 +165,44 @@ class Trial:
                     break
         return _Pupil(person.name, user_id, entries)
 
-    async def _learn(self, pupil: "_Pupil", rounds: int) -> list[Stage]:
-        stages: list[Stage] = []
+    async def _lessons(self, pupil: "_Pupil", rounds: int) -> list["_Lesson"]:
+        """What each round may see and trains on, as a run of the service would."""
+        lessons: list[_Lesson] = []
+        watermark = EntryId(0)
         for number in range(1, rounds + 1):
-            self._notify(f"{pupil.name} learns", number - 1, rounds)
             seen = pupil.entries[: len(pupil.entries) * number // rounds]
-            stages.append(await self._round(pupil, seen, stages[-1] if stages else None))
-        return stages
+            data = await asyncio.to_thread(
+                dataset.build,
+                [entry for entry in seen if entry.id > watermark],
+                replay=[entry for entry in seen if entry.id <= watermark],
+                seen=watermark,
+                tokenizer=self._tokenizer,
+                settings=self._settings.learning,
+                system=self._settings.prompt.system,
+                longest=self._settings.engine.context,
+            )
+            if isinstance(data, dataset.Deferred):
+                raise RequestError(f"The history of {pupil.name} is too short for this trial. {data.reason}")
+            lessons.append(_Lesson(data, len(seen)))
+            watermark = data.watermark
+        return lessons
 
-    async def _round(self, pupil: "_Pupil", seen: Sequence[Entry], before: Stage | None) -> Stage:
-        """What a run of the service does with the entries `seen`, from the version of the round before."""
-        learning = self._settings.learning
-        watermark = before.watermark if before else EntryId(0)
-        data = await asyncio.to_thread(
-            dataset.build,
-            [entry for entry in seen if entry.id > watermark],
-            replay=[entry for entry in seen if entry.id <= watermark],
-            seen=watermark,
-            tokenizer=self._tokenizer,
-            settings=learning,
-            system=self._settings.prompt.system,
-            longest=self._settings.engine.context,
-        )
-        if isinstance(data, dataset.Deferred):
-            raise RequestError(f"The history of {pupil.name} is too short for this trial. {data.reason}")
-        out = self._folder / f"{pupil.user_id}-{len(seen)}"
-        out.mkdir(parents=True)
-        start = before.adapter if before else self._prior
-        wanted = plan(learning, data.passes)
-        last = await self._train(TrainRequest([s.example for s in data.examples], wanted, str(out), start))
-        made = out / adapter_file.FILE
-        ref = AdapterRef(pupil.user_id, len(seen), str(out), hashlib.sha256(made.read_bytes()).hexdigest())
-        absorbed = (before.own_tokens if before else 0) + data.new_tokens
-        return Stage(ref, absorbed, data.watermark, data.held_out, made.stat().st_size, last.seconds)
+    async def _learn(self, pupil: "_Pupil", lessons: Sequence["_Lesson"]) -> list[Stage]:
+        """Each round from the version of the round before, the first from the prior."""
+        stages: list[Stage] = []
+        for number, lesson in enumerate(lessons):
+            self._notify(f"{pupil.name} learns", number, len(lessons))
+            data, start = lesson.data, stages[-1].adapter if stages else self._prior
+            out = self._folder / f"{pupil.user_id}-{lesson.entries}"
+            out.mkdir(parents=True)
+            wanted = plan(self._settings.learning, data.passes)
+            last = await self._train(TrainRequest([s.example for s in data.examples], wanted, str(out), start))
+            made = out / adapter_file.FILE
+            digest = hashlib.sha256(made.read_bytes()).hexdigest()
+            ref = AdapterRef(pupil.user_id, lesson.entries, str(out), digest)
+            absorbed = (stages[-1].own_tokens if stages else 0) + data.new_tokens
+            stages.append(Stage(ref, absorbed, data.held_out, made.stat().st_size, last.seconds))
+        return stages
 
     async def _train(self, request: TrainRequest) -> Progress:
         async for progress in self._engine.train(request):
@@ -324,6 +339,14 @@ class _Pupil:
 
     def before(self, message: HeldOut) -> list[Entry]:
         return [entry for entry in self.entries if entry.id < message.entry_id]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """The examples and held-out messages of one round, made of the first `entries` entries."""
+
+    data: dataset.Dataset
+    entries: int
 
 
 @dataclass(frozen=True, slots=True)

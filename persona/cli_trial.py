@@ -12,10 +12,10 @@ from jobs import people, plans, summary
 from jobs.trial import CONTEXTS, Context, Options, Result, Trial
 from persona import chart
 from persona.app_private import Private, private
-from persona.cli_screen import emit, progress, say, table
+from persona.cli_screen import emit, plain, progress, say, table
 from persona.cli_serve import fetched
 from persona.engine.protocol import AdapterRef
-from persona.errors import RequestError
+from persona.errors import PersonaError, RequestError
 from persona.settings import Settings
 from storage.history import History
 from storage.users import Users
@@ -56,12 +56,19 @@ def trial(configuration: Settings, wishes: Wishes, *, json: bool) -> None:
     prior = plans.folder(wishes.prior) if wishes.prior else None
     if wishes.plot and not wishes.plot.absolute().parent.is_dir():
         raise RequestError(f"{wishes.plot.parent} is no folder to draw into.")
-    results, base = asyncio.run(_run(configuration, some, prior, wishes.options))
-    said: dict[str, Any] = {
-        "users": [summary.as_dict(result) for result in results],
-        "summary": summary.summary(results),
-        "base": base,
-    }
+    done: list[Result] = []
+    try:
+        base = asyncio.run(_run(configuration, some, prior, wishes.options, done))
+    except (KeyboardInterrupt, SystemExit, PersonaError):
+        if done:
+            _report(done, wishes, {"ended_early": True}, json=json)
+        raise
+    _report(done, wishes, {"base": base, "ended_early": False}, json=json)
+
+
+def _report(results: list[Result], wishes: Wishes, about: dict[str, Any], *, json: bool) -> None:
+    """Print and draw what was measured, of everybody or of those who were done when the experiment was stopped."""
+    said = {"users": [summary.as_dict(result) for result in results], "summary": summary.summary(results), **about}
     if wishes.plot:
         wishes.plot.write_text(chart.svg(said), encoding="utf-8")
     if json:
@@ -71,14 +78,32 @@ def trial(configuration: Settings, wishes: Wishes, *, json: bool) -> None:
 
 
 async def _run(
-    configuration: Settings, some: list[people.Person], prior: AdapterRef | None, options: Options
-) -> tuple[list[Result], str]:
+    configuration: Settings,
+    some: list[people.Person],
+    prior: AdapterRef | None,
+    options: Options,
+    done: list[Result],
+) -> str:
+    """Everybody in turn, those who are measured into `done`. Returns the base's hash."""
     prepared = await asyncio.to_thread(fetched, configuration)
     async with private(configuration, prepared) as parts:
         with _bar() as bar:
             if prior is not None:
                 await parts.engine.stage(prior)
-            return await _trial(parts, prior, bar).run(some, options), parts.base
+
+            def told(result: Result) -> None:
+                done.append(result)
+                bar.console.print(_line(result, len(done), len(some)), markup=False, highlight=False)
+
+            await _trial(parts, prior, bar).run(some, options, told)
+            return parts.base
+
+
+def _line(result: Result, number: int, total: int) -> str:
+    """What is known of one person, on stderr while others are still to come."""
+    losses = {"base": "base", "context": "context", "adapter": "adapter", "adapter_context": "adapter + context"}
+    told = ", ".join(f"{words} {result.loss(name):.3f}" for name, words in losses.items())
+    return plain(f"{number}/{total} {result.name}: {told} nats per token, {result.own_tokens} own tokens learned")
 
 
 def _trial(parts: Private, prior: AdapterRef | None, bar: Progress) -> Trial:

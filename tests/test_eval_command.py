@@ -150,3 +150,28 @@ def test_an_experiment_that_is_ended_leaves_no_history_behind(home: Path, tmp_pa
         process.send_signal(number)
         assert process.wait(timeout=60) != 0
     assert not list(tmp_path.glob("persona-*"))
+
+
+def test_what_was_measured_is_told_at_once_and_not_lost_when_the_experiment_is_ended(
+    home: Path, tmp_path: Path
+) -> None:
+    environ = {**os.environ, "PERSONA_CACHE": str(home / "cache"), "TMPDIR": str(tmp_path)}
+    words = ["--config", str(home / "persona.toml"), *map(str, EVAL), "--data", str(home / "all.jsonl"), "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "persona", *words],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        first = next(line for line in process.stderr if line.startswith("1/3 ann: base "))
+        assert " adapter + context " in first
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM
+    said = json.loads(out)
+    assert said["ended_early"] is True
+    assert said["users"][0]["user"] == "ann"
+    assert len(said["users"]) < 3
+    assert said["summary"]["adapter_over_base"]["people"] == len(said["users"])
