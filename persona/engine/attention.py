@@ -3,8 +3,8 @@
     keys, values: [layers, pages, page, kv_heads, head_dim]
     token t of a sequence lives in page `pages[t // page]`, place `t % page`
 
-A page belongs to one sequence from admission to its end and is cleared before it is used: nothing of an earlier owner,
-not even a NaN behind a mask, reaches a later one.
+A page is cleared before a sequence fills it: nothing of an earlier owner, not even a NaN behind a mask, reaches a later
+one. A full page may be read by sequences of the same user and version (prefix.py), and is not written again meanwhile.
 """
 
 from dataclasses import dataclass

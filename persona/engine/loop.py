@@ -15,6 +15,7 @@ import structlog
 
 from persona.engine import protocol, sampler
 from persona.engine.lora import Resident
+from persona.engine.prefix import Owner
 from persona.engine.protocol import AdapterRef, Chunk, Failed, Health, Piece, Progress, Reply, Request, Scores
 from persona.engine.runner import Result, Runner
 from persona.engine.sampler import Sampler
@@ -144,9 +145,11 @@ class EngineLoop:
                 self._send(protocol.Done(request.id))
             case protocol.Flip():
                 self._tiers.flip(request.ref, self._in_use())
+                self._scheduler.prefix.forget(lambda owner: _is_older(owner, request.ref))
                 self._send(protocol.Done(request.id))
             case protocol.Drop():
                 self._tiers.drop(request.user_id)
+                self._scheduler.prefix.forget(lambda owner: owner.user_id == request.user_id)
                 self._runner.forget()
                 self._send(protocol.Done(request.id))
             case protocol.Train():
@@ -162,6 +165,8 @@ class EngineLoop:
             raise Busy("Too many requests are waiting; try again in a few seconds.", retry_after=5)
         limit = len(request.tokens) + request.sampling.max_tokens
         sequence = self._sequence(job, request.tokens, limit, request.adapter)
+        if request.user_id:
+            sequence.owner = Owner(request.user_id, request.adapter)
         self._jobs[job] = _Generation(
             sequence,
             self._resident(request.adapter),
@@ -233,7 +238,10 @@ class EngineLoop:
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
             resident=len(self._tiers),
-            free_pages=self._scheduler.pool.free,
+            free_pages=self._scheduler.prefix.available,
+            cached_pages=self._scheduler.prefix.idle,
+            prompt_tokens=self._scheduler.prompt_tokens,
+            cached_tokens=self._scheduler.cached_tokens,
             pages=self._scheduler.pool.total,
             training=self._training is not None,
             steps=self._steps,
@@ -253,6 +261,7 @@ class EngineLoop:
                 self._finish(job, "error", "The engine ran out of memory under this request; try a shorter one.")
             return
         self._steps += 1
+        self._scheduler.advanced(plan)
         self._deliver(result)
 
     def _deliver(self, result: Result) -> None:
@@ -361,6 +370,11 @@ class EngineLoop:
             if close is not None:
                 close()
         self._training = None
+
+
+def _is_older(owner: Owner, ref: AdapterRef) -> bool:
+    """Whether `owner` is another version of the same user; what was computed on the bare base stays."""
+    return owner.user_id == ref.user_id and owner.adapter is not None and owner.adapter != ref
 
 
 def _check_targets(request: protocol.ScoreRequest) -> None:

@@ -62,8 +62,8 @@ class Runner:
         prompts, segments = [], []
         for segment in prefill:
             start, sequence = len(tokens), segment.sequence
-            if segment.start == 0:
-                self._cache.clear(sequence.pages)
+            if segment.start == sequence.cached:
+                self._cache.clear(sequence.pages[sequence.cached // self._cache.size :])
             tokens += sequence.tokens[segment.start : segment.end]
             positions += range(segment.start, segment.end)
             slots += [self._slot(sequence, t) for t in range(segment.start, segment.end)]

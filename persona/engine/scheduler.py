@@ -1,8 +1,9 @@
 """Which sequences take part in the next step: pure Python over integers, no torch.
 
 A sequence reserves pages for its prompt and its longest reply when it is admitted, so a running one never waits for
-memory. Chat goes before scoring; among equals the first come goes first. Every step decodes all running rows and
-prefills at most `prefill_tokens` prompt tokens beside them.
+memory; what an earlier one of the same user and version left behind is not computed again (prefix.py). Chat goes
+before scoring; among equals the first come goes first. Every step decodes all running rows and prefills at most
+`prefill_tokens` prompt tokens beside them.
 """
 
 from collections import deque
@@ -10,12 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from persona.engine.pages import PagePool
+from persona.engine.prefix import Block, Owner, PrefixCache
 from persona.engine.protocol import AdapterRef
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One running request. `tokens` grows by one each decode step; `computed` of them are in the cache."""
+    """One running request. `tokens` grows by one each decode step; `computed` of them are in the cache.
+
+    The first `pages` are those of `blocks`, which other sequences of `owner` may use, too; without an owner there are
+    none. `cached` tokens were computed by earlier sequences.
+    """
 
     id: int
     tokens: list[int]
@@ -24,8 +30,11 @@ class Sequence:
     adapter: AdapterRef | None = None
     targets: tuple[int, ...] = ()  # positions to score; empty for chat
     background: bool = False
+    owner: Owner | None = None
     computed: int = 0
+    cached: int = 0
     pages: list[int] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
 
     @property
     def prefilling(self) -> bool:
@@ -56,7 +65,8 @@ class Scheduler:
     """Waiting room and running set."""
 
     def __init__(self, pool: PagePool, *, max_running: int, max_waiting: int, prefill_tokens: int) -> None:
-        self.pool = pool
+        self.pool, self.prefix = pool, PrefixCache(pool)
+        self.prompt_tokens = self.cached_tokens = 0  # of all that were admitted with an owner
         self._max_running, self._max_waiting, self._prefill_tokens = max_running, max_waiting, prefill_tokens
         self._waiting: tuple[deque[Sequence], deque[Sequence]] = (deque(), deque())  # chat, background
         self._running: list[Sequence] = []
@@ -89,7 +99,11 @@ class Scheduler:
             self._running.remove(sequence)
         elif sequence in self._waiting[sequence.background]:
             self._waiting[sequence.background].remove(sequence)
-        self.pool.give(sequence.pages)
+        own = sequence.pages[len(sequence.blocks) :]
+        self.prefix.release(sequence.blocks)
+        self.pool.give(own)
+        sequence.pages.clear()
+        sequence.blocks.clear()
 
     def plan(self) -> Plan:
         """Admit who fits, then choose this step's rows."""
@@ -97,24 +111,56 @@ class Scheduler:
         decode = [s for s in self._running if not s.prefilling]
         return Plan(decode, list(self._segments(self._prefill_tokens)))
 
+    def advanced(self, plan: Plan) -> None:
+        """The step of `plan` is done: pages that it filled become blocks."""
+        for sequence in plan.decode:
+            self._keep_blocks(sequence)
+        for segment in plan.prefill:
+            self._keep_blocks(segment.sequence)
+
     def sequences(self) -> Iterator[Sequence]:
         yield from self._running
         for room in self._waiting:
             yield from room
 
     def check(self) -> None:
-        """Assert that no page leaked; when idle, that all are free."""
-        self.pool.check(s.pages for s in self.sequences())
+        """Assert that no page leaked."""
+        everybody = list(self.sequences())
+        for one in everybody:
+            assert one.pages[: len(one.blocks)] == [block.page for block in one.blocks], "pages are not their blocks'"
+        self.prefix.check([one.blocks for one in everybody], [one.pages[len(one.blocks) :] for one in everybody])
 
     def _admit(self) -> None:
         for room in self._waiting:
             while room and len(self._running) < self._max_running:
-                pages = self.pool.take(self.pool.needed(room[0].limit))
-                if pages is None:
+                if not self._reserve(room[0]):
                     return  # nobody overtakes: a large request would starve
-                sequence = room.popleft()
-                sequence.pages = pages
-                self._running.append(sequence)
+                self._running.append(room.popleft())
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Pages for all that the sequence may become; False if there are not as many."""
+        owner, prompt = sequence.owner, sequence.tokens[: sequence.prompt]
+        blocks = self.prefix.match(owner, prompt) if owner else []
+        pages = self.prefix.take(blocks, self.pool.needed(sequence.limit) - len(blocks))
+        if pages is None:
+            return False
+        sequence.pages, sequence.blocks = [*(block.page for block in blocks), *pages], blocks
+        sequence.computed = sequence.cached = len(blocks) * self.pool.size
+        if owner:
+            self.prompt_tokens += sequence.prompt
+            self.cached_tokens += sequence.cached
+        return True
+
+    def _keep_blocks(self, sequence: Sequence) -> None:
+        size = self.pool.size
+        while sequence.owner and sequence.computed // size > (count := len(sequence.blocks)):
+            before = sequence.blocks[-1] if sequence.blocks else None
+            tokens = tuple(sequence.tokens[count * size : (count + 1) * size])
+            block = self.prefix.keep(sequence.owner, before, tokens, sequence.pages[count])
+            if block is None:  # somebody else was quicker: from here on the pages are this sequence's alone
+                sequence.owner = None
+            else:
+                sequence.blocks.append(block)
 
     def _segments(self, budget: int) -> Iterator[Segment]:
         """Chat first, then scoring, each in order of admission."""

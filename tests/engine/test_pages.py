@@ -1,9 +1,6 @@
-"""Pages and the waiting room: whatever comes and goes, no page is lost and none has two owners."""
+"""Pages and the waiting room: who comes first, who waits, and what comes back."""
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from persona.engine.pages import PagePool
 from persona.engine.scheduler import Scheduler, Sequence
@@ -84,74 +81,3 @@ def test_a_long_prompt_is_prefilled_in_pieces_beside_the_running_rows() -> None:
         borders.append((segment.start, segment.end))
         long.computed = segment.end
     assert borders == [(0, 16), (16, 32), (32, 40)]
-
-
-class Rooms(RuleBasedStateMachine):
-    """Arrivals, steps and departures in any order."""
-
-    @initialize(pages=st.integers(4, 24), running=st.integers(1, 6), prefill=st.integers(1, 40))
-    def open(self, pages: int, running: int, prefill: int) -> None:
-        self.rooms = scheduler(pages, running, prefill)
-        self.running, self.prefill = running, prefill
-        self.here: list[Sequence] = []
-        self.count = 0
-
-    @rule(prompt=st.integers(1, 60), reply=st.integers(1, 60), background=st.booleans())
-    def arrive(self, prompt: int, reply: int, background: bool) -> None:
-        if self.rooms.fits(prompt + reply):
-            self.count += 1
-            one = sequence(self.count, prompt, reply, background)
-            self.here.append(one)
-            self.rooms.add(one)
-
-    @rule()
-    def step(self) -> None:
-        plan = self.rooms.plan()
-        assert sum(s.end - s.start for s in plan.prefill) <= self.prefill
-        assert len({id(s) for s in [*plan.decode, *(s.sequence for s in plan.prefill)]}) == len(plan.decode) + len(
-            plan.prefill
-        )
-        assert bool(plan) == (not self.rooms.idle)
-        for one in plan.decode:
-            one.computed += 1
-            self._extend(one)
-        for segment in plan.prefill:
-            assert segment.start == segment.sequence.computed < segment.end
-            segment.sequence.computed = segment.end
-            if not segment.sequence.prefilling:
-                self._extend(segment.sequence)
-
-    @precondition(lambda self: self.here)
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
-        one = data.draw(st.sampled_from(self.here))
-        self._end(one)
-
-    @rule()
-    def everybody_leaves(self) -> None:
-        for one in list(self.here):
-            self._end(one)
-        assert self.rooms.idle
-        assert self.rooms.pool.free == self.rooms.pool.total
-
-    def _extend(self, one: Sequence) -> None:
-        assert len(one.pages) * 8 >= one.limit
-        one.tokens.append(0)
-        if one.background or len(one.tokens) >= one.limit:
-            self._end(one)
-
-    def _end(self, one: Sequence) -> None:
-        self.here.remove(one)
-        self.rooms.remove(one)
-        assert one.pages == []
-
-    @invariant()
-    def nothing_leaked(self) -> None:
-        if hasattr(self, "rooms"):
-            self.rooms.check()
-            assert self.rooms.running <= self.running
-            assert self.rooms.running + self.rooms.waiting == len(self.here)
-
-
-TestRooms = Rooms.TestCase
-TestRooms.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

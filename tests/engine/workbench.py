@@ -90,8 +90,11 @@ class Bench:
         self.loop.handle(make(self._job))
         return self._job
 
-    def generate(self, tokens: list[int], adapter: AdapterRef | None = None, count: int = 12, **options: Any) -> int:
-        request = GenerateRequest(tokens, Sampling(max_tokens=count, **options), adapter)
+    def generate(
+        self, tokens: list[int], adapter: AdapterRef | None = None, count: int = 12, user: int = 0, **options: Any
+    ) -> int:
+        """user: whose beginnings are kept and found; 0: nobody's."""
+        request = GenerateRequest(tokens, Sampling(max_tokens=count, **options), adapter, user)
         return self.ask(lambda job: protocol.Generate(job, request))
 
     def score(self, tokens: list[int], adapter: AdapterRef | None = None, targets: list[int] | None = None) -> int:
@@ -123,7 +126,7 @@ class Bench:
         """Work until there is nothing left."""
         for _ in range(5000):
             if self.loop.idle:
-                assert self.scheduler.pool.free == self.scheduler.pool.total
+                assert self.scheduler.prefix.available == self.scheduler.pool.total
                 return
             self.work()
         raise AssertionError("the engine never became idle")

@@ -1,0 +1,282 @@
+"""The prefix cache: what was computed is not computed again, and nobody reads what is another's or out of date."""
+
+from itertools import product
+from pathlib import Path
+
+import adapters
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from models import Models
+from plain import some_tokens
+from workbench import Bench
+
+from persona.engine import protocol
+from persona.engine.pages import PagePool
+from persona.engine.prefix import Owner, PrefixCache
+from persona.engine.protocol import AdapterRef
+from persona.engine.scheduler import Scheduler, Sequence
+
+SIZE = 4
+OWNERS = [
+    Owner(user, ref) for user in (1, 2) for ref in (None, AdapterRef(user, 1, "a", "1"), AdapterRef(user, 2, "b", "2"))
+]
+
+
+def fill(cache: PrefixCache, owner: Owner, tokens: list[int]) -> None:
+    """A sequence comes, computes all of `tokens` and goes."""
+    chain = cache.match(owner, tokens)
+    pages = cache.take(chain, cache.pool.needed(len(tokens)) - len(chain))
+    assert pages is not None
+    while pages and (len(chain) + 1) * SIZE <= len(tokens):
+        start = len(chain) * SIZE
+        block = cache.keep(owner, chain[-1] if chain else None, tuple(tokens[start : start + SIZE]), pages.pop(0))
+        assert block is not None
+        chain.append(block)
+    cache.release(chain)
+    cache.pool.give(pages)
+    cache.check([], [])
+
+
+def found(cache: PrefixCache, owner: Owner, tokens: list[int]) -> int:
+    return len(cache.match(owner, tokens)) * SIZE
+
+
+def test_full_pages_are_found_and_one_token_is_left_to_compute() -> None:
+    cache = PrefixCache(PagePool(20, SIZE))
+    text = list(range(12))
+    fill(cache, OWNERS[0], text)
+    assert found(cache, OWNERS[0], [*text, 99]) == 12
+    assert found(cache, OWNERS[0], text) == 8
+    assert found(cache, OWNERS[0], [*text[:7], 99, 98]) == 4
+    assert found(cache, OWNERS[0], [99, *text]) == 0
+
+
+@pytest.mark.parametrize("other", OWNERS[1:])
+def test_another_user_or_version_finds_nothing(other: Owner) -> None:
+    cache = PrefixCache(PagePool(20, SIZE))
+    fill(cache, OWNERS[0], list(range(12)))
+    assert found(cache, other, list(range(13))) == 0
+
+
+def test_the_longest_unused_leave_and_never_what_is_before_a_used_one() -> None:
+    cache = PrefixCache(PagePool(6, SIZE), quota=1.0)
+    fill(cache, OWNERS[0], [1, 1, 1, 1, 2, 2, 2, 2])
+    fill(cache, OWNERS[0], [5, 5, 5, 5])
+    fill(cache, OWNERS[0], [1, 1, 1, 1, 3, 3, 3, 3])  # uses the first block again
+    fill(cache, OWNERS[1], [9] * 12)  # wants three pages: two are free
+    assert found(cache, OWNERS[0], [1, 1, 1, 1, 2, 2, 2, 2, 0]) == 4  # its second block was the longest unused
+    assert found(cache, OWNERS[0], [5, 5, 5, 5, 0]) == 4
+    assert found(cache, OWNERS[0], [1, 1, 1, 1, 3, 3, 3, 3, 0]) == 8
+
+
+def test_one_user_cannot_crowd_out_another() -> None:
+    cache = PrefixCache(PagePool(16, SIZE), quota=0.25)
+    fill(cache, OWNERS[0], [7] * 8)
+    for number in range(100):
+        fill(cache, Owner(3, None), [number] * 12)
+    assert found(cache, OWNERS[0], [7] * 9) == 8
+    assert cache.idle == 2 + 4
+
+
+def test_what_cannot_be_had_changes_nothing() -> None:
+    cache = PrefixCache(PagePool(4, SIZE), quota=1.0)
+    fill(cache, OWNERS[0], [1] * 8)
+    chain = cache.match(OWNERS[0], [1] * 9)
+    assert cache.take(chain, 3) is None  # two are free, and the two idle ones are the chain itself
+    assert found(cache, OWNERS[0], [1] * 9) == 8
+    cache.check([], [])
+
+
+class Rooms(RuleBasedStateMachine):
+    """Arrivals, steps, departures, flips and drops in any order. `written` is what the pages really hold."""
+
+    @initialize(pages=st.integers(4, 24), running=st.integers(1, 6), prefill=st.integers(1, 40))
+    def open(self, pages: int, running: int, prefill: int) -> None:
+        self.rooms = Scheduler(PagePool(pages, SIZE), max_running=running, max_waiting=3, prefill_tokens=prefill)
+        self.running, self.prefill = running, prefill
+        self.here: list[Sequence] = []
+        self.owners: dict[int, Owner | None] = {}
+        self.stale: set[Owner] = set()  # dropped while in use: nobody may find these any more
+        self.written: dict[tuple[int, int], tuple[object, tuple[int, ...]]] = {}
+        self.count = 0
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=30),
+        reply=st.integers(1, 30),
+        background=st.booleans(),
+        owner=st.sampled_from([None, *OWNERS]),
+    )
+    def arrive(self, prompt: list[int], reply: int, background: bool, owner: Owner | None) -> None:
+        if not self.rooms.fits(len(prompt) + reply):
+            return
+        self.count += 1
+        one = Sequence(self.count, list(prompt), len(prompt), len(prompt) + reply, background=background)
+        one.owner = self.owners[one.id] = None if background else owner
+        one.targets = (1,) if background else ()
+        self.here.append(one)
+        self.rooms.add(one)
+
+    @rule()
+    def step(self) -> None:
+        plan = self.rooms.plan()
+        assert sum(s.end - s.start for s in plan.prefill) <= self.prefill
+        members = [*plan.decode, *(s.sequence for s in plan.prefill)]
+        assert len({id(s) for s in members}) == len(members)
+        assert bool(plan) == (not self.rooms.idle)
+        for one in plan.decode:
+            self._write(one, one.computed + 1)
+        for segment in plan.prefill:
+            assert segment.start == segment.sequence.computed < segment.end
+            self._write(segment.sequence, segment.end)
+        self.rooms.advanced(plan)
+        for one in members:
+            if not one.prefilling:
+                self._extend(one)
+
+    @precondition(lambda self: self.here)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        self._end(data.draw(st.sampled_from(self.here)))
+
+    @rule()
+    def everybody_leaves(self) -> None:
+        for one in list(self.here):
+            self._end(one)
+        assert self.rooms.idle
+        assert self.rooms.prefix.available == self.rooms.pool.total
+
+    @rule(user=st.sampled_from([1, 2]))
+    def drop(self, user: int) -> None:
+        self.rooms.prefix.forget(lambda owner: owner.user_id == user)
+        for owner in OWNERS:
+            assert owner.user_id != user or not self._matches(owner)
+
+    @rule(owner=st.sampled_from([owner for owner in OWNERS if owner.adapter]))
+    def flip(self, owner: Owner) -> None:
+        kept = {one: self._matches(one) for one in (owner, Owner(owner.user_id, None))}
+        self.rooms.prefix.forget(lambda o: o.user_id == owner.user_id and o.adapter not in (None, owner.adapter))
+        assert {one: self._matches(one) for one in kept} == kept
+
+    def _matches(self, owner: Owner) -> int:
+        return sum(len(self.rooms.prefix.match(owner, [*start, 9])) for start in product((0, 1), repeat=SIZE))
+
+    def _write(self, one: Sequence, end: int) -> None:
+        """Compute up to `end`. What was there before, cached or not, must be this text under this owner."""
+        whose = self.owners[one.id] or one.id
+        for place in range(one.computed):
+            slot = one.pages[place // SIZE], place % SIZE
+            assert self.written[slot] == (whose, tuple(one.tokens[: place + 1]))
+        for place in range(one.computed, end):
+            self.written[one.pages[place // SIZE], place % SIZE] = whose, tuple(one.tokens[: place + 1])
+        one.computed = end
+
+    def _extend(self, one: Sequence) -> None:
+        assert len(one.pages) * SIZE >= one.limit
+        one.tokens.append(len(one.tokens) % 2)
+        if one.background or len(one.tokens) >= one.limit:
+            self._end(one)
+
+    def _end(self, one: Sequence) -> None:
+        self.here.remove(one)
+        self.rooms.remove(one)
+        assert one.pages == []
+
+    @invariant()
+    def nothing_leaked(self) -> None:
+        if hasattr(self, "rooms"):
+            self.rooms.check()
+            assert self.rooms.running <= self.running
+            assert self.rooms.running + self.rooms.waiting == len(self.here)
+
+
+TestRooms = Rooms.TestCase
+TestRooms.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+# --- in the engine
+
+
+@pytest.fixture
+def bench(models: Models) -> Bench:
+    return Bench(models)
+
+
+def health(bench: Bench) -> tuple[int, int]:
+    now = bench.health()
+    return now.prompt_tokens, now.cached_tokens
+
+
+def test_a_second_turn_computes_only_what_is_new_and_says_the_same(bench: Bench, tmp_path: Path) -> None:
+    ref = adapters.sparse(tmp_path, bench.shape, bench.prepared.base, user=7)
+    first = some_tokens(50, seed=1)
+    bench.alone(first, ref, user=7)
+    second = [*first, *some_tokens(20, seed=2)]
+    expected = bench.alone(second, ref)  # nobody's: nothing is looked up
+    assert health(bench) == (50, 0)
+    assert bench.alone(second, ref, user=7) == expected
+    assert health(bench) == (120, 48)
+
+
+def test_words_of_the_reply_are_found_in_the_next_prompt(bench: Bench) -> None:
+    prompt = some_tokens(8, seed=1)
+    job = bench.generate(prompt, count=20, user=7)
+    bench.finish()
+    assert bench.end(job) == "length"
+    assert bench.health().cached_pages == 3  # 8 of the prompt and 19 of the reply: the last token was not computed
+
+
+def test_another_users_equal_prompt_is_computed_anew(bench: Bench) -> None:
+    prompt = some_tokens(50, seed=1)
+    bench.alone(prompt, user=7)
+    bench.alone(prompt, user=8)
+    assert health(bench) == (100, 0)
+
+
+def test_a_flip_and_a_drop_leave_nothing_of_what_was(bench: Bench, tmp_path: Path) -> None:
+    old = adapters.sparse(tmp_path / "old", bench.shape, bench.prepared.base, user=7)
+    new = adapters.sparse(tmp_path / "new", bench.shape, bench.prepared.base, user=7, number=2)
+    prompt = some_tokens(50, seed=1)
+    bench.alone(prompt, old, user=7)
+    running = bench.generate(prompt, old, count=30, user=7)
+    bench.work(3)
+    bench.ask(lambda job: protocol.Flip(job, new))
+    expected = bench.alone(prompt, new)
+    assert bench.alone(prompt, new, user=7) == expected
+    assert bench.end(running) == "length"
+    assert not bench.scheduler.prefix.match(Owner(7, old), prompt)
+    assert bench.scheduler.prefix.match(Owner(7, new), prompt)
+    bench.ask(lambda job: protocol.Drop(job, 7))
+    assert bench.health().cached_pages == 0
+    assert bench.scheduler.pool.free == bench.scheduler.pool.total
+
+
+def test_cached_beginnings_give_way_to_a_request_that_needs_their_pages(models: Models) -> None:
+    bench = Bench(models, pages=12)
+    for user in range(1, 6):
+        bench.alone(some_tokens(40, seed=user), user=user)
+    assert bench.health().cached_pages > 5
+    long = some_tokens(80, seed=9)
+    assert bench.end(bench.generate(long, count=8, user=9)) is None
+    bench.finish()
+    assert bench.alone(long, count=8, user=9) == bench.alone(long, count=8)
+
+
+def test_two_who_compute_the_same_at_once_share_what_the_first_left(bench: Bench) -> None:
+    prompt = some_tokens(50, seed=1)
+    jobs = [bench.generate(prompt, user=7) for _ in range(3)]
+    bench.finish()
+    assert len({bench.text(job) for job in jobs}) == 1
+    bench.scheduler.prefix.check([], [])
+
+
+def test_not_finite_values_of_one_version_reach_no_other(bench: Bench, tmp_path: Path) -> None:
+    bad = adapters.sparse(tmp_path, bench.shape, bench.prepared.base, user=7, alpha=1e36, size=100.0)
+    prompt = some_tokens(50, seed=1)
+    expected = bench.alone(prompt)
+    job = bench.generate(prompt, bad, user=7)
+    bench.finish()
+    assert bench.end(job) == "error"
+    assert bench.alone(prompt, user=7) == expected
+    assert bench.alone(some_tokens(120, seed=3), user=8, count=40) == bench.alone(some_tokens(120, seed=3), count=40)
