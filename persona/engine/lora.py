@@ -46,12 +46,22 @@ def promote(adapter: Adapter, shape: Shape, dtype: torch.dtype, device: torch.de
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Consecutive decode rows whose adapters have one kind. a[key]: [rows, in, rank] · b[key]: [rows, rank, out]."""
+    """Consecutive decode rows whose adapters have one kind. stacks[key]: A [rows, in, rank] and B [rows, rank, out]."""
 
     start: int
     end: int
-    a: dict[tuple[int, str], torch.Tensor]
-    b: dict[tuple[int, str], torch.Tensor]
+    stacks: Factors
+
+    def add(self, key: tuple[int, str], x: torch.Tensor, y: torch.Tensor) -> None:
+        """x: [tokens, in] · y: [tokens, out], changed in place at this group's rows."""
+        if (found := self.stacks.get(key)) is None:
+            return
+        a, b = found
+        part, out = x[self.start : self.end].unsqueeze(1), y[self.start : self.end].unsqueeze(1)
+        if b.dtype == y.dtype:
+            out.baddbmm_(torch.bmm(part, a), b)
+        else:
+            out += torch.bmm(torch.bmm(part.to(b.dtype), a), b)
 
 
 class StepAdapters:
@@ -73,9 +83,7 @@ class StepAdapters:
         """x: [tokens, in] · y: [tokens, out] → y with every row's adapter added, in place."""
         key = layer, target
         for group in self._groups:
-            if key in group.b:
-                part = x[group.start : group.end].unsqueeze(1).to(group.b[key].dtype)
-                y[group.start : group.end] += torch.matmul(torch.matmul(part, group.a[key]), group.b[key]).squeeze(1)
+            group.add(key, x, y)
         for start, end, adapter in self._segments:
             if key in adapter.factors:
                 a, b = adapter.factors[key]
@@ -96,12 +104,11 @@ def _grouped(rows: Sequence[Resident | None]) -> list[_Group]:
 
 
 def _stack(start: int, adapters: list[Resident]) -> _Group:
-    a: dict[tuple[int, str], torch.Tensor] = {}
-    b: dict[tuple[int, str], torch.Tensor] = {}
+    stacks: Factors = {}
     for key in adapters[0].factors:
-        a[key] = _quick(torch.stack([adapter.factors[key][0] for adapter in adapters]))
-        b[key] = _quick(torch.stack([adapter.factors[key][1] for adapter in adapters]))
-    return _Group(start, start + len(adapters), a, b)
+        pairs = [adapter.factors[key] for adapter in adapters]
+        stacks[key] = _quick(torch.stack([a for a, _ in pairs])), _quick(torch.stack([b for _, b in pairs]))
+    return _Group(start, start + len(adapters), stacks)
 
 
 def _quick(stack: torch.Tensor) -> torch.Tensor:
