@@ -17,7 +17,10 @@ from persona.engine.protocol import Health
 _ENGINE = {
     "running": "sequences that are decoded",
     "waiting": "requests that wait for a place",
-    "resident": "adapters in memory",
+    "resident": "adapters on the device",
+    "loads": "adapters brought to the device since the engine started",
+    "disk_loads": "of these, adapters read from disk",
+    "loaded_bytes": "bytes of adapters brought to the device",
     "free_pages": "cache pages that a request could get",
     "cached_pages": "of these, pages that hold the beginning of earlier prompts",
     "prompt_tokens": "tokens of prompts since the engine started",

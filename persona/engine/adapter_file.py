@@ -55,6 +55,9 @@ class Adapter:
     header: Header
     tensors: dict[str, Array]
 
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def factors(self, layer: int, target: str, shape: Shape) -> tuple[Array, Array] | None:
         """A [rank, in] and B [out, rank] (scale included), fp32; None where the projection is not adapted."""
         if self.header.form == "lora":

@@ -7,8 +7,11 @@ Nothing here blocks, and nothing that fails in one request or in training reache
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import structlog
@@ -32,6 +35,8 @@ Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each ite
 # Scores in slices: one item each, one list per (tokens, targets, adapter) at the end.
 Wanted = list[tuple[list[int], list[int], Resident | None]]
 ScoreSlices = Callable[[Wanted], Generator[None, None, list[list[float]]]]
+Adapters = Mapping[AdapterRef | None, Resident | None]
+ABORTED = "The scoring was aborted."
 log = structlog.get_logger("engine")
 
 
@@ -46,10 +51,10 @@ class _Generation:
     """A reply in the making."""
 
     sequence: Sequence
-    adapter: Resident | None
     sampler: Sampler
     words: Detokenizer
     stops: Stops
+    adapter: Resident | None = None  # from admission on
     generated: int = 0
 
 
@@ -58,8 +63,17 @@ class _Scoring:
     """Log-probabilities in the making."""
 
     sequence: Sequence
-    adapter: Resident | None
-    found: list[float]
+    adapter: Resident | None = None
+    found: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaiting:
+    """A request outside the scheduler whose adapter is being loaded: what follows, what to say if it is aborted."""
+
+    job: int
+    then: Callable[[Resident], None]
+    aborted: Reply | None
 
 
 class EngineLoop:
@@ -81,34 +95,32 @@ class EngineLoop:
         self._scheduler, self._runner, self._tiers = scheduler, runner, tiers
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
         self._jobs: dict[int, _Generation | _Scoring] = {}
+        self._awaiting: dict[AdapterRef, list[_Awaiting]] = {}  # who waits for which adapter to be loaded
         self._training: tuple[int, Iterator[Progress | None]] | None = None
         self._score_slices = score
         self._scorings: deque[tuple[int, Generator[None, None, list[list[float]]]]] = deque()  # before any training
-        self._paused = False
+        self._paused = self._stalled = False
         self._steps = self._slices = self._tokens = 0
         self._credit = 0.0  # seconds of slices that serving has earned for training; below zero after a long one
 
     @property
     def idle(self) -> bool:
-        """Nothing to do until the next message."""
-        return self._scheduler.idle and not self._sliced
+        """Nothing to do until the next message, or until a load has ended."""
+        return (self._scheduler.idle or self._stalled) and not self._sliced
 
     def handle(self, request: Request) -> None:
         """Take one request in; answers go to `send`, now or later."""
-        try:
-            self._dispatch(request)
-        except PersonaError as error:
-            self._fail(request.id, error)
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # an adapter that does not fit: only this request ends
-            log.error("request failed", kind=type(error).__name__)
-            self._fail(request.id, Busy("There is no memory for this request; try again later.", retry_after=10))
+        self._stalled = False
+        self._guarded(request.id, lambda: self._dispatch(request))
+        self._land()
 
     def work(self) -> None:
         """One step of serving, then a slice of training if serving leaves time for it."""
-        plan = self._scheduler.plan()
+        self._land()
+        plan = self._plan()
+        if not plan and self._land():
+            plan = self._plan()
+        self._stalled = not plan
         if plan:
             started = time.perf_counter()
             self._step(plan)
@@ -141,12 +153,9 @@ class EngineLoop:
             case protocol.Abort():
                 self._abort(request.id)
             case protocol.Stage():
-                self._tiers.get(request.ref, self._in_use())
-                self._send(protocol.Done(request.id))
+                self._need(request.id, [request.ref], lambda _: self._send(protocol.Done(request.id)))
             case protocol.Flip():
-                self._tiers.flip(request.ref, self._in_use())
-                self._scheduler.prefix.forget(lambda owner: _is_older(owner, request.ref))
-                self._send(protocol.Done(request.id))
+                self._need(request.id, [request.ref], lambda _: self._flip(request.id, request.ref))
             case protocol.Drop():
                 self._tiers.drop(request.user_id)
                 self._scheduler.prefix.forget(lambda owner: owner.user_id == request.user_id)
@@ -167,12 +176,9 @@ class EngineLoop:
         sequence = self._sequence(job, request.tokens, limit, request.adapter)
         if request.user_id:
             sequence.owner = Owner(request.user_id, request.adapter)
+
         self._jobs[job] = _Generation(
-            sequence,
-            self._resident(request.adapter),
-            Sampler(request.sampling),
-            Detokenizer(self._text),
-            Stops(request.sampling.stop),
+            sequence, Sampler(request.sampling), Detokenizer(self._text), Stops(request.sampling.stop)
         )
         self._scheduler.add(sequence)
 
@@ -183,18 +189,21 @@ class EngineLoop:
         _check_targets(request)
         sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
         sequence.targets, sequence.background = tuple(request.targets), True
-        self._jobs[job] = _Scoring(sequence, self._resident(request.adapter), [])
+
+        self._jobs[job] = _Scoring(sequence)
         self._scheduler.add(sequence)
 
     def _score_all(self, job: int, requests: list[protocol.ScoreRequest]) -> None:
-        wanted: Wanted = []
-        for request in requests:
-            if not request.targets:
-                continue
+        asked = [request for request in requests if request.targets]
+        for request in asked:
             _check_targets(request)
             self._sequence(job, request.tokens, len(request.tokens), request.adapter)  # refuses what is too long
-            wanted.append((request.tokens, request.targets, self._resident(request.adapter)))
-        self._scorings.append((job, self._all_scores([bool(r.targets) for r in requests], wanted)))
+
+        def start(adapters: Adapters) -> None:
+            wanted: Wanted = [(one.tokens, one.targets, adapters.get(one.adapter)) for one in asked]
+            self._scorings.append((job, self._all_scores([bool(one.targets) for one in requests], wanted)))
+
+        self._need(job, [request.adapter for request in asked], start, _failed(job, Busy(ABORTED)))
 
     def _all_scores(self, asked: list[bool], wanted: Wanted) -> Generator[None, None, list[list[float]]]:
         found = iter((yield from self._score_slices(wanted)))
@@ -211,18 +220,70 @@ class EngineLoop:
             )
         return Sequence(job, list(tokens), len(tokens), limit, adapter)
 
-    def _resident(self, ref: AdapterRef | None) -> Resident | None:
-        return None if ref is None else self._tiers.get(ref, self._in_use())
+    def _need(
+        self,
+        job: int,
+        refs: Many[AdapterRef | None],
+        then: Callable[[Adapters], None],
+        aborted: Reply | None = None,
+        found: Adapters = MappingProxyType({}),
+    ) -> None:
+        """Do `then` with all of these adapters on the device: at once, or when the last of them has been loaded."""
 
-    def _in_use(self) -> set[AdapterRef]:
-        return {s.adapter for s in self._scheduler.sequences() if s.adapter is not None}
+        def go_on(ref: AdapterRef, have: Adapters, loaded: Resident) -> None:
+            self._need(job, refs, then, aborted, {**have, ref: loaded})
+
+        have: dict[AdapterRef | None, Resident | None] = {None: None, **found}
+        for ref in refs:
+            if ref is None or ref in have:
+                continue
+            if (resident := self._tiers.find(ref)) is None:
+                self._awaiting.setdefault(ref, []).append(_Awaiting(job, partial(go_on, ref, have), aborted))
+                self._tiers.fetch(ref)
+                return
+            have[ref] = resident
+        then(have)
+
+    def _land(self) -> bool:
+        """Loads that have ended: on with those who waited for them. Whether there was one."""
+        some = False
+        while landed := self._tiers.landed(self._scheduler.wanted()):
+            some = True
+            for ref, resident, error in landed:
+                for one in self._awaiting.pop(ref, ()):
+                    self._guarded(one.job, partial(_go_on, one, resident, error))
+                if resident is None:
+                    for sequence in [s for s in self._scheduler.sequences() if s.adapter == ref and not s.pages]:
+                        self._remove(sequence.id)
+                        self._fail(sequence.id, _trouble(error))
+        return some
+
+    def _guarded(self, job: int, work: Callable[[], None]) -> None:
+        """Do a part of the request `job`; what goes wrong ends this request alone."""
+        try:
+            work()
+        except PersonaError as error:
+            self._fail(job, error)
+        except (RuntimeError, MemoryError) as error:  # an adapter that does not fit
+            log.error("request failed", kind=type(error).__name__)
+            self._fail(job, Busy("There is no memory for this request; try again later.", retry_after=10))
+
+    def _flip(self, job: int, ref: AdapterRef) -> None:
+        self._tiers.flip(ref)
+        self._scheduler.prefix.forget(lambda owner: _is_older(owner, ref))
+        self._send(protocol.Done(job))
 
     def _abort(self, job: int) -> None:
         if job in self._jobs:
             self._finish(job, "abort")
+        elif waiting := [(ref, one) for ref, some in self._awaiting.items() for one in some if one.job == job]:
+            ((ref, one),) = waiting
+            self._awaiting[ref].remove(one)
+            if one.aborted is not None:
+                self._send(one.aborted)
         elif mine := [scoring for scoring in self._scorings if scoring[0] == job]:
             self._scorings.remove(mine[0])
-            self._fail(job, Busy("The scoring was aborted."))
+            self._fail(job, Busy(ABORTED))
         elif self._training and self._training[0] == job:
             self._end_training()
             self._fail(job, TrainingFailed("The training was abandoned."))
@@ -238,6 +299,9 @@ class EngineLoop:
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
             resident=len(self._tiers),
+            loads=self._tiers.loads.total(),
+            disk_loads=self._tiers.loads["disk"],
+            loaded_bytes=self._tiers.loaded_bytes,
             free_pages=self._scheduler.prefix.available,
             cached_pages=self._scheduler.prefix.idle,
             prompt_tokens=self._scheduler.prompt_tokens,
@@ -250,6 +314,13 @@ class EngineLoop:
         )
 
     # --- step
+
+    def _plan(self) -> Plan:
+        plan = self._scheduler.plan()
+        for sequence in plan.admitted:
+            if sequence.adapter is not None:
+                self._jobs[sequence.id].adapter = self._tiers.find(sequence.adapter)
+        return plan
 
     def _step(self, plan: Plan) -> None:
         sequences = [*plan.decode, *(segment.sequence for segment in plan.prefill)]
@@ -307,7 +378,7 @@ class EngineLoop:
         """End a job with its last answer. `shown` given means that a stop string or the limit ended the text."""
         ended = self._remove(job)
         if isinstance(ended, _Scoring):
-            self._fail(job, Busy(error or "The scoring was aborted."))
+            self._fail(job, Busy(error or ABORTED))
             return
         text = shown or ""
         if shown is None or finish == "length":
@@ -322,8 +393,7 @@ class EngineLoop:
         return ended
 
     def _fail(self, job: int, error: PersonaError) -> None:
-        retry = error.retry_after if isinstance(error, Busy) else 0
-        self._send(Failed(job, type(error).__name__, error.message, error.code, retry))
+        self._send(_failed(job, error))
 
     # --- slices
 
@@ -370,6 +440,26 @@ class EngineLoop:
             if close is not None:
                 close()
         self._training = None
+
+
+def _failed(job: int, error: PersonaError) -> Failed:
+    retry = error.retry_after if isinstance(error, Busy) else 0
+    return Failed(job, type(error).__name__, error.message, error.code, retry)
+
+
+def _go_on(one: _Awaiting, resident: Resident | None, error: Exception | None) -> None:
+    """What a load brought. Raises what it failed with."""
+    if resident is None:
+        raise _trouble(error)
+    one.then(resident)
+
+
+def _trouble(error: Exception | None) -> PersonaError:
+    """What a failed load is to those who wait for it: other failures than a bad file are not the adapter's fault."""
+    if isinstance(error, PersonaError):
+        return error
+    log.error("adapter not loaded", kind=type(error).__name__)
+    return Busy("The adapter could not be loaded now; try again later.", retry_after=10)
 
 
 def _is_older(owner: Owner, ref: AdapterRef) -> bool:

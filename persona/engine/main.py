@@ -10,7 +10,8 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -18,16 +19,17 @@ import torch
 
 from jobs.trainer import Trainer
 from persona.engine import adapter_file, branches, decoder, lora, protocol, weights
+from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
 from persona.engine.device import Form
 from persona.engine.loop import EngineLoop
 from persona.engine.pages import PagePool
-from persona.engine.protocol import Health, Progress, TrainRequest
+from persona.engine.protocol import AdapterRef, Health, Progress, TrainRequest
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Scheduler
 from persona.engine.text import Text
-from persona.engine.tiers import Tiers
+from persona.engine.tiers import Submit, Tiers
 
 ADAPTER_SHARE = 4  # adapters get one part in so many of the memory budget; the cache has the rest
 
@@ -45,16 +47,17 @@ class Options(msgspec.Struct, frozen=True):
     max_waiting: int
     page_tokens: int
     memory_mb: int
+    host_mb: int
     prefill_tokens: int
     threads: int
 
 
-def build(options: Options, send: "Outbox") -> EngineLoop:
+def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
     """Load the base and put the engine together. Raises ModelError."""
     torch.set_num_threads(weights.threads(options.threads))
     folder = Path(options.folder)
     base = decoder.load(folder, options.weights, options.device)
-    pages, tiers = _memory(options, base)
+    pages = _pages(options, base)
     pool = PagePool(pages, options.page_tokens)
     cache = KvCache(base.shape, pages, options.page_tokens, base.dtype, base.device)
     health = Health(
@@ -66,18 +69,27 @@ def build(options: Options, send: "Outbox") -> EngineLoop:
         base_bytes=base.nbytes(),
     )
 
+    def read(ref: AdapterRef) -> Adapter:
+        return adapter_file.read(Path(ref.path), ref.sha256, options.base, base.shape)
+
     def train(request: TrainRequest) -> Iterator[Progress | None]:
-        start = None
-        if request.start is not None:
-            start = adapter_file.read(Path(request.start.path), request.start.sha256, options.base, base.shape)
+        start = read(request.start) if request.start is not None else None
         return Trainer(base, options.base, request, start).slices()
 
+    tiers = Tiers(
+        read,
+        lambda adapter: lora.promote(adapter, base.shape, base.dtype, base.device),
+        device_budget=(options.memory_mb << 20) // ADAPTER_SHARE,
+        host_budget=options.host_mb << 20,
+        submit=loader,
+    )
     return EngineLoop(
         scheduler=Scheduler(
             pool,
             max_running=options.max_running,
             max_waiting=options.max_waiting,
             prefill_tokens=options.prefill_tokens,
+            ready=tiers.ready,
         ),
         runner=Runner(base, cache),
         tiers=tiers,
@@ -90,18 +102,10 @@ def build(options: Options, send: "Outbox") -> EngineLoop:
     )
 
 
-def _memory(options: Options, base: Decoder) -> tuple[int, Tiers]:
-    """Split the budget: pages for the cache, the rest for adapters."""
-    budget = options.memory_mb << 20
-    adapters = budget // ADAPTER_SHARE
-    pages = (budget - adapters) // KvCache.page_bytes(base.shape, options.page_tokens, base.dtype)
-    tiers = Tiers(
-        base.shape,
-        options.base,
-        adapters,
-        lambda adapter: lora.promote(adapter, base.shape, base.dtype, base.device),
-    )
-    return int(pages), tiers
+def _pages(options: Options, base: Decoder) -> int:
+    """Cache pages in what the adapters leave of the budget."""
+    budget = (options.memory_mb << 20) * (ADAPTER_SHARE - 1) // ADAPTER_SHARE
+    return int(budget // KvCache.page_bytes(base.shape, options.page_tokens, base.dtype))
 
 
 def _memory_used(device: torch.device) -> int:
@@ -122,16 +126,37 @@ class Outbox:
         self._connection.sendall(protocol.pack(reply))
 
 
+class Loader:
+    """A thread that loads adapters beside the steps, and wakes the loop when it has."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        def load() -> None:
+            work()
+            os.eventfd_write(self.bell, 1)
+
+        self._thread.submit(load)
+
+
 class Inbox:
     """Requests from the service."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, bell: int) -> None:
+        """bell: becomes readable when the loop has something to do without a request."""
+        self._connection, self._bell = connection, bell
         self._buffer = bytearray()
 
     def read(self, *, wait: bool) -> list[protocol.Request]:
-        """What has arrived; with `wait`, at least one. Raises EOFError when the service is gone."""
-        if wait or select.select([self._connection], [], [], 0)[0]:
+        """What has arrived; with `wait`, not before something has or the bell rang. Raises EOFError when the service
+        is gone."""
+        both = [self._connection.fileno(), self._bell]
+        ready = select.select(both, [], [], None if wait else 0)[0]
+        if self._bell in ready:
+            os.eventfd_read(self._bell)
+        if self._connection.fileno() in ready:
             received = self._connection.recv(1 << 20)
             if not received:
                 raise EOFError
@@ -165,7 +190,8 @@ def main() -> None:
         signal.signal(name, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     options = msgspec.convert(json.loads(sys.argv[2]), Options)
-    serve(build(options, Outbox(connection)), Inbox(connection))
+    loader = Loader()
+    serve(build(options, Outbox(connection), loader), Inbox(connection, loader.bell))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,10 @@ class Health(msgspec.Struct, frozen=True):
     context: int  # tokens one sequence may have
     running: int = 0
     waiting: int = 0
-    resident: int = 0  # adapters in memory
+    resident: int = 0  # adapters on the device
+    loads: int = 0  # adapters brought to the device since the start
+    disk_loads: int = 0  # of these, from their files
+    loaded_bytes: int = 0
     free_pages: int = 0  # that a request could get
     cached_pages: int = 0  # of these, that hold what a later prompt may begin with
     pages: int = 0

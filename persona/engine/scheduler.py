@@ -7,8 +7,9 @@ before scoring; among equals the first come goes first. Every step decodes all r
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from persona.engine.pages import PagePool
 from persona.engine.prefix import Block, Owner, PrefixCache
@@ -52,10 +53,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: these rows decode one token each, these segments are prefilled."""
+    """One step: these rows decode one token each, these segments are prefilled. `admitted` are new among them."""
 
     decode: list[Sequence]
     prefill: list[Segment]
+    admitted: list[Sequence] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill)
@@ -64,7 +66,17 @@ class Plan:
 class Scheduler:
     """Waiting room and running set."""
 
-    def __init__(self, pool: PagePool, *, max_running: int, max_waiting: int, prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        max_running: int,
+        max_waiting: int,
+        prefill_tokens: int,
+        ready: Callable[[AdapterRef], bool] = lambda ref: True,
+    ) -> None:
+        """ready: whether the adapter is on the device; if not, it is on its way from then on."""
+        self._ready = ready
         self.pool, self.prefix = pool, PrefixCache(pool)
         self.prompt_tokens = self.cached_tokens = 0  # of all that were admitted with an owner
         self._max_running, self._max_waiting, self._prefill_tokens = max_running, max_waiting, prefill_tokens
@@ -91,7 +103,10 @@ class Scheduler:
         return self.pool.needed(tokens) <= self.pool.total
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting[sequence.background].append(sequence)
+        room = self._waiting[sequence.background]
+        room.append(sequence)
+        if sequence.adapter is not None and len(room) <= self._max_running:
+            self._ready(sequence.adapter)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages."""
@@ -107,9 +122,9 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """Admit who fits, then choose this step's rows."""
-        self._admit()
+        admitted = list(self._admit())
         decode = [s for s in self._running if not s.prefilling]
-        return Plan(decode, list(self._segments(self._prefill_tokens)))
+        return Plan(decode, list(self._segments(self._prefill_tokens)), admitted)
 
     def advanced(self, plan: Plan) -> None:
         """The step of `plan` is done: pages that it filled become blocks."""
@@ -130,12 +145,23 @@ class Scheduler:
             assert one.pages[: len(one.blocks)] == [block.page for block in one.blocks], "pages are not their blocks'"
         self.prefix.check([one.blocks for one in everybody], [one.pages[len(one.blocks) :] for one in everybody])
 
-    def _admit(self) -> None:
+    def wanted(self) -> set[AdapterRef]:
+        """The adapters of all running sequences and of those whose turn is near."""
+        near = (sequence for room in self._waiting for sequence in islice(room, self._max_running))
+        return {s.adapter for s in chain(self._running, near) if s.adapter is not None}
+
+    def _admit(self) -> Iterator[Sequence]:
+        """In order of arrival. Whose adapter is still on its way is passed over; who needs more pages than are left is
+        not, or a large request would starve."""
         for room in self._waiting:
-            while room and len(self._running) < self._max_running:
-                if not self._reserve(room[0]):
-                    return  # nobody overtakes: a large request would starve
-                self._running.append(room.popleft())
+            for sequence in list(islice(room, self._max_running)):
+                if sequence.adapter is not None and not self._ready(sequence.adapter):
+                    continue
+                if len(self._running) == self._max_running or not self._reserve(sequence):
+                    return
+                room.remove(sequence)
+                self._running.append(sequence)
+                yield sequence
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Pages for all that the sequence may become; False if there are not as many."""

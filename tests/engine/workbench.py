@@ -8,6 +8,7 @@ from models import Models
 
 from jobs.trainer import Trainer
 from persona.engine import adapter_file, branches, lora, protocol
+from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
 from persona.engine.loop import EngineLoop
 from persona.engine.pages import PagePool
@@ -26,7 +27,7 @@ from persona.engine.protocol import (
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Scheduler
 from persona.engine.text import Text
-from persona.engine.tiers import Tiers
+from persona.engine.tiers import Submit, Tiers
 from persona.engine.weights import Projection
 
 PAGE = 8
@@ -47,6 +48,8 @@ class Bench:
         prefill: int = 64,
         context: int = 512,
         budget: int = 1 << 26,
+        host: int = 1 << 26,
+        submit: Submit = lambda load: load(),
         page: int = PAGE,
     ) -> None:
         self.prepared = models.prepared(kind, weights)
@@ -54,14 +57,19 @@ class Bench:
         self.shape = self.decoder.shape
         self.answers: dict[int, list[Reply]] = {}
         self.cache = KvCache(self.shape, pages, page, self.decoder.dtype, self.decoder.device)
-        self.scheduler = Scheduler(
-            PagePool(pages, page), max_running=running, max_waiting=waiting, prefill_tokens=prefill
-        )
         self.tiers = Tiers(
-            self.shape,
-            self.prepared.base,
-            budget,
+            self._read,
             lambda found: lora.promote(found, self.shape, self.decoder.dtype, self.decoder.device),
+            device_budget=budget,
+            host_budget=host,
+            submit=submit,
+        )
+        self.scheduler = Scheduler(
+            PagePool(pages, page),
+            max_running=running,
+            max_waiting=waiting,
+            prefill_tokens=prefill,
+            ready=self.tiers.ready,
         )
         health = Health(self.prepared.base, "tiny", "cpu", weights, context)
         self.loop = EngineLoop(
@@ -77,10 +85,11 @@ class Bench:
         )
         self._job = 0
 
+    def _read(self, ref: AdapterRef) -> Adapter:
+        return adapter_file.read(Path(ref.path), ref.sha256, self.prepared.base, self.shape)
+
     def _train(self, request: TrainRequest) -> Iterator[Progress | None]:
-        start = None
-        if request.start is not None:
-            start = adapter_file.read(Path(request.start.path), request.start.sha256, self.prepared.base, self.shape)
+        start = self._read(request.start) if request.start is not None else None
         return Trainer(self.decoder, self.prepared.base, request, start).slices()
 
     # --- requests: each returns its job
