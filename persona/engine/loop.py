@@ -49,6 +49,7 @@ class _Generation:
     sampler: Sampler
     words: Detokenizer
     stops: Stops
+    endless: bool = False  # no token ends it
     generated: int = 0
 
 
@@ -168,6 +169,7 @@ class EngineLoop:
             Sampler(request.sampling),
             Detokenizer(self._text),
             Stops(request.sampling.stop),
+            request.sampling.ignore_eos,
         )
         self._scheduler.add(sequence)
 
@@ -262,7 +264,8 @@ class EngineLoop:
             return
         finite = result.logits.amax(-1).isfinite().tolist()
         jobs = [self._jobs[s.id] for s in result.next]
-        tokens = sampler.draw(result.logits.nan_to_num(), [j.sampler for j in jobs if isinstance(j, _Generation)])
+        logits = sampler.without(result.logits.nan_to_num(), [_endless(job) for job in jobs], self._eos)
+        tokens = sampler.draw(logits, [j.sampler for j in jobs if isinstance(j, _Generation)])
         for sequence, token, sound in zip(result.next, tokens, finite, strict=True):
             if sound:
                 self._extend(sequence.id, token)
@@ -361,6 +364,10 @@ class EngineLoop:
             if close is not None:
                 close()
         self._training = None
+
+
+def _endless(job: _Generation | _Scoring) -> bool:
+    return isinstance(job, _Generation) and job.endless
 
 
 def _check_targets(request: protocol.ScoreRequest) -> None:

@@ -30,6 +30,7 @@ class Sampling(msgspec.Struct, frozen=True):
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # tokens that end a text are never drawn: only `stop` and the limit end the reply
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):

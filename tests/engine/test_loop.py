@@ -135,6 +135,21 @@ def test_base_rows_beside_adapters_are_bit_equal_to_the_base_alone(
     assert max(float((a[1] - b[1]).abs().max()) for a, b in zip(alone, among, strict=True)) < 1e-5
 
 
+def test_a_reply_that_ignores_the_end_of_text_is_as_long_as_asked_beside_one_that_ends(models: Models) -> None:
+    bench, prompt = Bench(models), some_tokens(20)
+    likeliest = int(logits(bench.decoder, prompt)[-1].argmax())
+    bench = Bench(models, eos=frozenset([likeliest, 2]))
+    ending, going_on = bench.generate(prompt, None, 9), bench.generate(prompt, None, 9, ignore_eos=True)
+    bench.finish()
+    assert bench.end(ending) == "stop"
+    assert bench.text(ending) == ""
+    assert bench.end(going_on) == "length"
+    (*_, last) = bench.answers[going_on]
+    assert isinstance(last, Piece)
+    assert last.chunk.tokens == 9
+    assert bench.loop._text.decode([likeliest]) not in bench.text(going_on)
+
+
 # --- one request's trouble
 
 

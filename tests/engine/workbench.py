@@ -48,6 +48,7 @@ class Bench:
         context: int = 512,
         budget: int = 1 << 26,
         page: int = PAGE,
+        eos: frozenset[int] = frozenset(),
     ) -> None:
         self.prepared = models.prepared(kind, weights)
         self.decoder = models.decoder(kind, weights)
@@ -72,7 +73,7 @@ class Bench:
             train=self._train,
             score=lambda wanted: branches.scores(self.decoder, wanted, prefill),
             about=lambda: health,
-            eos=frozenset(),
+            eos=eos,
             send=lambda reply: self.answers.setdefault(reply.id, []).append(reply),
         )
         self._job = 0
