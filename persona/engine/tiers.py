@@ -23,6 +23,8 @@ class Tiers:
     ) -> None:
         self._shape, self._base, self._budget, self._promote = shape, base, budget, promote
         self._residents: OrderedDict[AdapterRef, Resident] = OrderedDict()
+        self.nbytes = 0  # of the residents
+        self.loads = self.loaded_bytes = 0  # since the start: adapters made resident, and their bytes on the device
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -31,7 +33,7 @@ class Tiers:
         """The adapter on the device. Raises AdapterError and keeps nothing if its file is not what `ref` says."""
         if ref not in self._residents:
             adapter = adapter_file.read(Path(ref.path), ref.sha256, self._base, self._shape)
-            self._residents[ref] = self._promote(adapter)
+            self._add(ref, self._promote(adapter))
         self._residents.move_to_end(ref)
         self._evict({ref, *in_use})
         return self._residents[ref]
@@ -45,14 +47,22 @@ class Tiers:
     def drop(self, user_id: int) -> None:
         """Forget the user's versions. A sequence that runs on one keeps its own reference until it ends."""
         for ref in [r for r in self._residents if r.user_id == user_id]:
-            del self._residents[ref]
+            self._remove(ref)
 
-    def nbytes(self) -> int:
-        return sum(resident.nbytes() for resident in self._residents.values())
+    def _add(self, ref: AdapterRef, resident: Resident) -> None:
+        size = resident.nbytes()
+        self._residents[ref] = resident
+        self.nbytes += size
+        self.loads += 1
+        self.loaded_bytes += size
+
+    def _remove(self, ref: AdapterRef) -> None:
+        self.nbytes -= self._residents.pop(ref).nbytes()
 
     def _evict(self, kept: Collection[AdapterRef]) -> None:
-        used = self.nbytes()
+        if self.nbytes <= self._budget:
+            return
         for ref in [r for r in self._residents if r not in kept]:
-            if used <= self._budget:
+            self._remove(ref)
+            if self.nbytes <= self._budget:
                 return
-            used -= self._residents.pop(ref).nbytes()

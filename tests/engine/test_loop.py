@@ -356,6 +356,21 @@ def test_versions_leave_when_memory_is_short_but_not_those_in_use(models: Models
     assert bench.health().resident == 4
     bench.finish()
     assert [bench.text(job) for job in jobs] == wanted
+    assert bench.health().loads == 4 + 4  # nobody else is kept once another one is asked for
+
+
+def test_loads_are_counted_and_a_resident_adapter_is_not_loaded_again(models: Models, tmp_path: Path) -> None:
+    bench = Bench(models)
+    refs = [adapter(bench, tmp_path, user) for user in (1, 2)]
+    for ref in [*refs, *refs]:
+        bench.alone(some_tokens(8), ref, 2)
+    size = sum(bench.loop._resident(ref).nbytes() for ref in refs)  # type: ignore[union-attr]
+    health = bench.health()
+    assert (health.loads, health.loaded_bytes, health.resident_bytes) == (2, size, size)
+    bench.ask(lambda j: protocol.Drop(j, 1))
+    bench.alone(some_tokens(8), refs[0], 2)
+    health = bench.health()
+    assert (health.loads, health.loaded_bytes, health.resident_bytes) == (3, size + size // 2, size)
 
 
 def test_threat_32_dropping_a_user_leaves_nothing_of_them_in_memory(bench: Bench, refs: list[AdapterRef]) -> None:
