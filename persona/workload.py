@@ -67,7 +67,7 @@ class Workload:
         }
         for name, value in positive.items():
             if not 0 < value < 1e9:
-                raise RequestError(f"{name} has to be above 0.")
+                raise RequestError(f"{name} has to be above 0 and below a billion.")
         if not 0 <= self.flood < 1e9 or (self.flood and self.rate is None):
             raise RequestError("flood is a rate in requests per second, beside a rate of the other users.")
         if self.seed < 0:
