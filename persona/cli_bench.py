@@ -4,6 +4,7 @@ Without --url a service of its own runs in a temporary home, with as many users 
 already is measured with its own users.
 """
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,22 +26,23 @@ def bench(
     context: typer.Context,
     users: Annotated[
         int | None,
-        typer.Option("--users", "--adapters", min=1, help="Registered users, one adapter each.  [default: 8]"),
+        typer.Option("--users", "--adapters", min=1, help="Registered users, one adapter each (default: 8)."),
     ] = None,
     ranks: Annotated[
-        str, typer.Option(help="Ranks of their adapters in turn: 2,8,16,64.  [default: learning.rank]")
+        str, typer.Option(help="Ranks of their adapters in turn, say 2,8,16 (default: learning.rank).")
     ] = "",
     alpha: Annotated[float, typer.Option(help="Popularity: 1 is uniform, less makes few users popular.")] = 1.0,
     turns: Annotated[bool, typer.Option("--turns", help="Users take turns instead of being drawn.")] = False,
     rate: Annotated[float | None, typer.Option(help="Open loop: requests per second.")] = None,
     cv: Annotated[
         float | None,
-        typer.Option(help="Open loop: variation of the gaps, more comes in bursts.  [default: 1, Poisson]"),
+        typer.Option(help="Open loop: variation of the gaps, more comes in bursts (default: 1, Poisson)."),
     ] = None,
     clients: Annotated[
-        int | None, typer.Option(min=1, help="Closed loop: clients that ask when their last reply has ended.")
+        int | None,
+        typer.Option(min=1, help="Closed loop: clients that ask when their last reply has ended (default: 8)."),
     ] = None,
-    requests: Annotated[int | None, typer.Option(min=1, help="Requests of a run.  [default: 64]")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests of a run (default: 64).")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.001, help="Or: send for so long.")] = None,
     prompt: Annotated[str, typer.Option(help="Tokens of a prompt, template included: LOW:HIGH.")] = "64:256",
     reply: Annotated[str, typer.Option(help="Tokens of a reply, exactly: LOW:HIGH.")] = "16:64",
@@ -70,6 +72,10 @@ def bench(
         raise RequestError("Say how requests come: --rate for an open loop, or --clients for a closed one.")
     if rate is None and cv is not None:
         raise RequestError("--cv shapes the gaps of an open loop: name its --rate.")
+    if not all(map(isfinite, (slo, corrupt, seconds or 0.0))):
+        raise RequestError("--slo, --seconds and --corrupt have to be finite numbers.")
+    if url is not None and flood and len(secrets) < 2:
+        raise RequestError("--flood needs a user of its own beside the others: name another key.")
     if requests is not None and seconds is not None:
         raise RequestError("Say when a run ends: after --requests, or after --seconds.")
     from persona import cli_bench_run as run  # a second that no other command needs
@@ -119,7 +125,7 @@ def _sides(work: "Workload", base: bool, compare: str | None) -> "tuple[Side, ..
 
     from persona.cli_bench_run import BASE, Side
 
-    first = Side(BASE if base else f"{work.users} users", BASE if base else "persona", work)
+    first = Side(BASE if base else _people(work.users), BASE if base else "persona", work)
     if compare is None:
         return (first,)
     if compare == BASE and not base:
@@ -127,11 +133,15 @@ def _sides(work: "Workload", base: bool, compare: str | None) -> "tuple[Side, ..
     if compare == "alone" and work.flood:
         return replace(first, name="beside the flood"), Side("alone", first.model, replace(work, flood=0.0))
     if compare.isdecimal() and 0 < int(compare) != work.users:
-        name = f"{work.users} users"
-        return replace(first, name=name), Side(f"{compare} users", first.model, replace(work, users=int(compare)))
+        other = replace(work, users=int(compare))
+        return replace(first, name=_people(work.users)), Side(_people(other.users), first.model, other)
     raise RequestError(
         f"--compare {compare}: name «base» for users with adapters, «alone» for a --flood, or another number of users."
     )
+
+
+def _people(users: int) -> str:
+    return f"{users} user" if users == 1 else f"{users} users"
 
 
 def _ranks(text: str) -> tuple[int, ...]:

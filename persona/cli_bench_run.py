@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.progress import Progress
 
 from persona import app_bench
@@ -81,6 +82,8 @@ def bench(configuration: Settings, wishes: Wishes) -> int:
     finally:
         if found.sides:
             _conclude(found)
+    if number and not found.sides:
+        typer.echo("The measurement ended before a reply had come.", err=True)
     return 128 + number if number else 0
 
 
