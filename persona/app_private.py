@@ -40,13 +40,7 @@ class Private:
 async def private(settings: Settings, prepared: Prepared) -> AsyncIterator[Private]:
     """An engine with the prepared model and an empty database. Raises ConfigurationError if memory is short."""
     logs.configure(Log(level="warning"), sys.stderr)  # stdout is for what was found
-    weights = sum(file.stat().st_size for file in prepared.folder.iterdir())
-    wanted = 2 * weights + (MEMORY_MB << 20) + _OVERHEAD
-    if (available := available_memory()) < wanted:
-        raise ConfigurationError(
-            f"An engine of its own wants {wanted >> 20} MiB of memory, and {available >> 20} MiB are available:"
-            " stop the service or other programs meanwhile."
-        )
+    require_memory(prepared, MEMORY_MB)
     with _ended_properly(), tempfile.TemporaryDirectory(prefix="persona-") as home:
         mine = _adapted(settings, Path(home))
         tokenizer = await asyncio.to_thread(Text.load, prepared.folder)
@@ -58,6 +52,17 @@ async def private(settings: Settings, prepared: Prepared) -> AsyncIterator[Priva
         finally:
             await engine.stop()
             await database.close()
+
+
+def require_memory(prepared: Prepared, memory_mb: int) -> None:
+    """Raises ConfigurationError unless an engine with that budget for cache and adapters fits beside what runs."""
+    weights = sum(file.stat().st_size for file in prepared.folder.iterdir())
+    wanted = 2 * weights + (memory_mb << 20) + _OVERHEAD
+    if (available := available_memory()) < wanted:
+        raise ConfigurationError(
+            f"An engine of its own wants {wanted >> 20} MiB of memory, and {available >> 20} MiB are available:"
+            " stop the service or other programs meanwhile."
+        )
 
 
 @contextmanager

@@ -300,6 +300,7 @@ class Chat:
             top_p=asked.top_p,
             seed=asked.seed,
             stop=asked.stop,
+            ignore_eos=asked.ignore_eos,
         )
         adapter = ref(reply.version) if reply.version else None
         return self._engine.generate(GenerateRequest(tokens, sampling, adapter, reply.caller.user.id))

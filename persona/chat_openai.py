@@ -12,6 +12,7 @@ from persona import chat_sampling
 from persona.chat import UNKNOWN_MODEL, require_question
 from persona.chat_reply import Ask, Reply, about
 from persona.domain import Finish, Message, Role
+from persona.engine.protocol import replace
 from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
 MAX_MESSAGES = 4096
@@ -67,6 +68,7 @@ class Completion(msgspec.Struct):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
     seed: int | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -98,7 +100,10 @@ def understand(wire: Completion, max_reply: int) -> Ask:
     ask = Ask(
         model=wire.model,
         messages=_messages(wire.messages),
-        sampling=chat_sampling.sampling(wire.temperature, wire.top_p, wire.seed, wire.stop),
+        sampling=replace(
+            chat_sampling.sampling(wire.temperature, wire.top_p, wire.seed, wire.stop),
+            ignore_eos=wire.ignore_eos is True,
+        ),
         max_tokens=_max_tokens(wire, max_reply),
         store=wire.store is not False,
         conversation=_conversation(wire.metadata),

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from persona import cli_data, cli_events, cli_serve, cli_users
 from persona.cli_backup import backup, restore
+from persona.cli_bench import bench
 from persona.cli_chat import chat
 from persona.cli_doctor import doctor
 from persona.cli_eval import evaluate
@@ -50,6 +51,7 @@ app.command()(cli_serve.serve)
 app.command()(chat)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command()(doctor)
 app.command()(backup)
 app.command()(restore)

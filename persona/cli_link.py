@@ -37,7 +37,7 @@ class Link:
     async def call(self, method: str, path: str, **options: Any) -> Any:
         """As `ask`, for those who run in a loop already."""
         async with self.open(method, path, **options) as answer:
-            return await _decoded(answer)
+            return await decoded(answer)
 
     @asynccontextmanager
     async def open(
@@ -51,7 +51,7 @@ class Link:
                 aiohttp.ClientSession("http://persona", connector=connector, timeout=timeout) as session,
                 session.request(method, path, headers={**self._headers(), **(headers or {})}, **options) as answer,
             ):
-                await _refuse(answer)
+                await refuse(answer)
                 yield answer
         except (aiohttp.ClientConnectorError, FileNotFoundError) as error:
             raise self._not_running(error) from None
@@ -75,7 +75,7 @@ class Link:
         )
 
 
-async def _refuse(answer: aiohttp.ClientResponse) -> None:
+async def refuse(answer: aiohttp.ClientResponse) -> None:
     """Raise the service's own sentence when it answered with an error."""
     if answer.status < 400:
         return
@@ -89,7 +89,8 @@ async def _refuse(answer: aiohttp.ClientResponse) -> None:
     raise PersonaError(message, code=code)
 
 
-async def _decoded(answer: aiohttp.ClientResponse) -> Any:
+async def decoded(answer: aiohttp.ClientResponse) -> Any:
+    """The answer's JSON. Raises PersonaError if it is none."""
     try:
         return await answer.json(content_type=None)
     except ValueError:
@@ -106,5 +107,5 @@ async def events(answer: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]
             return
         event: dict[str, Any] = json.loads(data)
         if isinstance(error := event.get("error"), dict):
-            raise PersonaError(str(error.get("message")))
+            raise PersonaError(str(error.get("message")), code=error.get("code"))
         yield event

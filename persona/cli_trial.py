@@ -93,7 +93,7 @@ async def _run(
 
             def told(result: Result) -> None:
                 done.append(result)
-                bar.console.print(_line(result, len(done), len(some)), markup=False, highlight=False)
+                bar.console.print(_line(result, len(done), len(some)), markup=False, highlight=False, soft_wrap=True)
 
             await _trial(parts, prior, bar).run(some, options, told)
             return parts.base

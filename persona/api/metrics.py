@@ -18,6 +18,7 @@ _ENGINE = {
     "running": "sequences that are decoded",
     "waiting": "requests that wait for a place",
     "resident": "adapters on the device",
+    "resident_bytes": "bytes of these",
     "loads": "adapters brought to the device since the engine started",
     "disk_loads": "of these, adapters read from disk",
     "loaded_bytes": "bytes of adapters brought to the device",

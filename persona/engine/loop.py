@@ -54,6 +54,7 @@ class _Generation:
     sampler: Sampler
     words: Detokenizer
     stops: Stops
+    endless: bool = False  # no token ends it
     adapter: Resident | None = None  # from admission on
     generated: int = 0
 
@@ -178,7 +179,11 @@ class EngineLoop:
             sequence.owner = Owner(request.user_id, request.adapter)
 
         self._jobs[job] = _Generation(
-            sequence, Sampler(request.sampling), Detokenizer(self._text), Stops(request.sampling.stop)
+            sequence,
+            Sampler(request.sampling),
+            Detokenizer(self._text),
+            Stops(request.sampling.stop),
+            request.sampling.ignore_eos,
         )
         self._scheduler.add(sequence)
 
@@ -299,6 +304,7 @@ class EngineLoop:
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
             resident=len(self._tiers),
+            resident_bytes=self._tiers.nbytes,
             loads=self._tiers.loads.total(),
             disk_loads=self._tiers.loads["disk"],
             loaded_bytes=self._tiers.loaded_bytes,
@@ -342,7 +348,8 @@ class EngineLoop:
             return
         finite = result.logits.amax(-1).isfinite().tolist()
         jobs = [self._jobs[s.id] for s in result.next]
-        tokens = sampler.draw(result.logits.nan_to_num(), [j.sampler for j in jobs if isinstance(j, _Generation)])
+        logits = sampler.without(result.logits.nan_to_num(), [_endless(job) for job in jobs], self._eos)
+        tokens = sampler.draw(logits, [j.sampler for j in jobs if isinstance(j, _Generation)])
         for sequence, token, sound in zip(result.next, tokens, finite, strict=True):
             if sound:
                 self._extend(sequence.id, token)
@@ -465,6 +472,10 @@ def _trouble(error: Exception | None) -> PersonaError:
 def _is_older(owner: Owner, ref: AdapterRef) -> bool:
     """Whether `owner` is another version of the same user; what was computed on the bare base stays."""
     return owner.user_id == ref.user_id and owner.adapter is not None and owner.adapter != ref
+
+
+def _endless(job: _Generation | _Scoring) -> bool:
+    return isinstance(job, _Generation) and job.endless
 
 
 def _check_targets(request: protocol.ScoreRequest) -> None:

@@ -30,6 +30,7 @@ class Sampling(msgspec.Struct, frozen=True):
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # tokens that end a text are never drawn: only `stop` and the limit end the reply
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
@@ -118,6 +119,7 @@ class Health(msgspec.Struct, frozen=True):
     running: int = 0
     waiting: int = 0
     resident: int = 0  # adapters on the device
+    resident_bytes: int = 0
     loads: int = 0  # adapters brought to the device since the start
     disk_loads: int = 0  # of these, from their files
     loaded_bytes: int = 0

@@ -3,6 +3,8 @@
 Each seeded sequence owns its generator, so its draws do not depend on who else is in the batch.
 """
 
+from collections.abc import Collection, Sequence
+
 import torch
 
 from persona.engine.protocol import Sampling
@@ -36,6 +38,13 @@ class Sampler:
         before = ordered.cumsum(-1) - ordered  # mass in front of each token: the first always stays
         ordered[before >= self._sampling.top_p] = 0
         return int(tokens[torch.multinomial(ordered, 1, generator=self._random)])
+
+
+def without(logits: torch.Tensor, rows: Sequence[bool], tokens: Collection[int]) -> torch.Tensor:
+    """logits: [rows, vocab] → the same, in place, with `tokens` impossible where `rows` says so."""
+    if chosen := [[row] for row, wanted in enumerate(rows) if wanted and tokens]:
+        logits[chosen, list(tokens)] = -torch.inf
+    return logits
 
 
 def draw(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 from persona.domain import Message, Rendered
@@ -68,6 +69,8 @@ class ScriptedEngine:
             raise RequestError("The prompt is empty.")
         self._check(request.adapter)
         words = self._words(self._say(request))
+        if request.sampling.ignore_eos:
+            words = list(islice(cycle(words), request.sampling.max_tokens + 1))
         kept = words[: request.sampling.max_tokens]
         finish = "stop" if len(kept) == len(words) else "length"
         ended = False

@@ -57,6 +57,16 @@ async def test_a_streamed_answer(start: Start) -> None:
     assert chunks[-1].usage is None
 
 
+async def test_a_reply_that_ignores_the_end_of_text_is_as_long_as_asked(live: Live) -> None:
+    client = await live.openai()
+    answer = await client.chat.completions.create(
+        model="persona", messages=HI, max_tokens=7, extra_body={"ignore_eos": True}
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 7
+    assert answer.choices[0].message.content == "Hello." * 7
+
+
 async def test_a_stream_ends_with_usage_when_asked(live: Live) -> None:
     client = await live.openai()
     options: Any = {"stream": True, "stream_options": {"include_usage": True}}

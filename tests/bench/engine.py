@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from persona.engine import adapter_file, checkpoint_file, device, prepare
+from persona.engine import adapter_file, checkpoint_file, device, prepare, random_adapter
 from persona.engine.client import LocalEngine
 from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, ScoreRequest, TrainRequest
 from persona.engine.shape import TARGETS, Shape
@@ -39,20 +39,11 @@ def prompt(seed: int, length: int = PROMPT) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(1000, 40000, length)]
 
 
-def random_adapter(folder: Path, prepared: prepare.Prepared, number: int) -> AdapterRef:
-    """A trained adapter's form with random values, so small that the base's replies stay sensible."""
-    shape = Shape.read(prepared.folder)
-    random = np.random.default_rng(number)
-    layers = round(shape.layers * PLAN.layers)
-    header = adapter_file.Header("sparse", prepared.base, shape.layers - layers, layers, PLAN.rank, PLAN.alpha)
-    tensors: dict[str, adapter_file.Array] = {}
-    for target in TARGETS:
-        out_rows, inputs = shape.projection(target)
-        a = random.standard_normal((layers, PLAN.rank, inputs)) * inputs**-0.5
-        tensors |= adapter_file.rounded(target, a, random.standard_normal((layers, out_rows, PLAN.rank)) * 1e-3)
+def adapter(folder: Path, prepared: prepare.Prepared, number: int) -> AdapterRef:
+    """A trained adapter's form with random values."""
     out = folder / str(number)
     out.mkdir()
-    file = adapter_file.write(out, header, tensors)
+    file = random_adapter.write(out, Shape.read(prepared.folder), prepared.base, PLAN, number)
     return AdapterRef(number, 1, str(out), prepare.sha256(file))
 
 
@@ -214,7 +205,7 @@ async def main() -> None:
     await engine.start()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        refs = [random_adapter(folder, prepared, number) for number in range(1, 33)]
+        refs = [adapter(folder, prepared, number) for number in range(1, 33)]
         health = await engine.health()
         report("start", seconds=round(time.perf_counter() - started, 2), weights=weights, base_bytes=health.base_bytes)
         measures = {

@@ -45,6 +45,11 @@ async def test_a_reply_that_reaches_its_limit_says_length(house: House) -> None:
     assert (await reply(house, 2))[-1].finish == "length"
 
 
+async def test_a_reply_that_ignores_the_end_of_text_reaches_its_limit(house: House) -> None:
+    last = (await reply(house, 40, ignore_eos=True))[-1]
+    assert (last.finish, last.tokens) == ("length", 40)
+
+
 async def test_equal_requests_get_equal_greedy_replies(house: House) -> None:
     first, second = (await reply(house), await reply(house))
     assert "".join(c.text for c in first) == "".join(c.text for c in second) != ""

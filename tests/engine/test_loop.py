@@ -135,6 +135,21 @@ def test_base_rows_beside_adapters_are_bit_equal_to_the_base_alone(
     assert max(float((a[1] - b[1]).abs().max()) for a, b in zip(alone, among, strict=True)) < 1e-5
 
 
+def test_a_reply_that_ignores_the_end_of_text_is_as_long_as_asked_beside_one_that_ends(models: Models) -> None:
+    bench, prompt = Bench(models), some_tokens(20)
+    likeliest = int(logits(bench.decoder, prompt)[-1].argmax())
+    bench = Bench(models, eos=frozenset([likeliest, 2]))
+    ending, going_on = bench.generate(prompt, None, 9), bench.generate(prompt, None, 9, ignore_eos=True)
+    bench.finish()
+    assert bench.end(ending) == "stop"
+    assert bench.text(ending) == ""
+    assert bench.end(going_on) == "length"
+    (*_, last) = bench.answers[going_on]
+    assert isinstance(last, Piece)
+    assert last.chunk.tokens == 9
+    assert bench.loop._text.decode([likeliest]) not in bench.text(going_on)
+
+
 # --- one request's trouble
 
 
@@ -341,6 +356,21 @@ def test_versions_leave_when_memory_is_short_but_not_those_in_use(models: Models
     assert bench.health().resident == 4
     bench.finish()
     assert [bench.text(job) for job in jobs] == wanted
+    assert bench.health().loads == 4 + 4  # nobody else is kept once another one is asked for
+
+
+def test_loads_are_counted_and_a_resident_adapter_is_not_loaded_again(models: Models, tmp_path: Path) -> None:
+    bench = Bench(models)
+    refs = [adapter(bench, tmp_path, user) for user in (1, 2)]
+    for ref in [*refs, *refs]:
+        bench.alone(some_tokens(8), ref, 2)
+    size = sum(found.nbytes() for ref in refs if (found := bench.tiers.find(ref)))
+    health = bench.health()
+    assert (health.loads, health.loaded_bytes, health.resident_bytes) == (2, size, size)
+    bench.ask(lambda j: protocol.Drop(j, 1))
+    bench.alone(some_tokens(8), refs[0], 2)
+    health = bench.health()
+    assert (health.loads, health.loaded_bytes, health.resident_bytes) == (3, size + size // 2, size)
 
 
 def test_threat_32_dropping_a_user_leaves_nothing_of_them_in_memory(bench: Bench, refs: list[AdapterRef]) -> None:

@@ -51,6 +51,7 @@ class Bench:
         host: int = 1 << 26,
         submit: Submit = lambda load: load(),
         page: int = PAGE,
+        eos: frozenset[int] = frozenset(),
     ) -> None:
         self.prepared = models.prepared(kind, weights)
         self.decoder = models.decoder(kind, weights)
@@ -80,7 +81,7 @@ class Bench:
             train=self._train,
             score=lambda wanted: branches.scores(self.decoder, wanted, prefill),
             about=lambda: health,
-            eos=frozenset(),
+            eos=eos,
             send=lambda reply: self.answers.setdefault(reply.id, []).append(reply),
         )
         self._job = 0
