@@ -45,11 +45,16 @@ class Model(Section):
 class Engine(Section):
     context: int = Field(4096, ge=256, description="tokens one sequence may have, prompt and reply together")
     max_running: int = Field(32, ge=1, le=1024, description="sequences decoded in one step")
-    max_waiting: int = Field(256, ge=1, description="requests that may wait; one more is answered 503")
+    max_waiting: int = Field(
+        256, ge=1, description="requests that may wait; above, the user with the most is answered 503"
+    )
     page_tokens: int = Field(32, ge=16, le=256, multiple_of=16, description="tokens per cache page")
     memory_mb: int = Field(1024, ge=64, description="budget for cache pages and adapters in MiB")
     host_mb: int = Field(256, ge=1, description="budget for adapters kept in RAM as they are stored, in MiB")
     prefill_tokens: int = Field(256, ge=16, description="prompt tokens computed in one step")
+    patience_seconds: float = Field(
+        60.0, gt=0, description="time within which a request must get its turn; one that would not is answered 503"
+    )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores")
     hang_seconds: float = Field(10.0, gt=0, description="silence after which the engine is restarted")
     start_seconds: float = Field(300.0, gt=0, description="longest time loading the model may take")

@@ -5,6 +5,7 @@ comes first: beside running sequences, slices get a share of their time. Any ans
 Nothing here blocks, and nothing that fails in one request or in training reaches another.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -26,6 +27,7 @@ from persona.engine.scheduler import Plan, Scheduler, Sequence
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer, Text
 from persona.engine.tiers import Tiers
+from persona.engine.waiting import Pace
 from persona.errors import Busy, PersonaError, RequestError, StorageFull, TooLarge, TrainingFailed
 
 SHARE = 0.09  # of busy time that training may take: gaps between tokens may grow by a tenth
@@ -36,6 +38,8 @@ Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each ite
 Wanted = list[tuple[list[int], list[int], Resident | None]]
 ScoreSlices = Callable[[Wanted], Generator[None, None, list[list[float]]]]
 Adapters = Mapping[AdapterRef | None, Resident | None]
+LOOK_SECONDS = 0.25  # between two looks for those who have waited too long
+MAX_RETRY_SECONDS = 60
 ABORTED = "The scoring was aborted."
 log = structlog.get_logger("engine")
 
@@ -55,6 +59,7 @@ class _Generation:
     words: Detokenizer
     stops: Stops
     endless: bool = False  # no token ends it
+    since: float = 0.0
     adapter: Resident | None = None  # from admission on
     generated: int = 0
 
@@ -92,7 +97,11 @@ class EngineLoop:
         about: Base,
         eos: frozenset[int],
         send: Callable[[Reply], None],
+        patience: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """patience: seconds within which a request must be admitted, or it is refused."""
+        self._patience, self._clock, self._pace, self._looked = patience, clock, Pace(), -math.inf
         self._scheduler, self._runner, self._tiers = scheduler, runner, tiers
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
         self._jobs: dict[int, _Generation | _Scoring] = {}
@@ -171,12 +180,12 @@ class EngineLoop:
                 self._send(protocol.Pong(request.id, self._health()))
 
     def _generate(self, job: int, request: protocol.GenerateRequest) -> None:
-        if self._scheduler.full():
-            raise Busy("Too many requests are waiting; try again in a few seconds.", retry_after=5)
         limit = len(request.tokens) + request.sampling.max_tokens
         sequence = self._sequence(job, request.tokens, limit, request.adapter)
+        sequence.user_id = request.user_id
         if request.user_id:
             sequence.owner = Owner(request.user_id, request.adapter)
+        self._make_room(request.user_id)
 
         self._jobs[job] = _Generation(
             sequence,
@@ -184,8 +193,34 @@ class EngineLoop:
             Detokenizer(self._text),
             Stops(request.sampling.stop),
             request.sampling.ignore_eos,
+            self._clock(),
         )
         self._scheduler.add(sequence)
+        wait = self._pace.wait(self._scheduler.before(sequence))
+        if wait > self._patience:
+            self._remove(job)
+            raise _crowded(wait)
+
+    def _make_room(self, user_id: int) -> None:
+        """In a full waiting room a request of whoever has the most there leaves. Raises Busy if that is this user."""
+        if self._scheduler.full():
+            leaving = self._scheduler.give_way(user_id)
+            if leaving is None:
+                raise _crowded(self._pace.wait(self._scheduler.waiting))
+            self._remove(leaving.id)
+            self._fail(leaving.id, _crowded(self._pace.wait(self._scheduler.waiting)))
+
+    def _send_away_the_late(self) -> None:
+        """Who has waited too long for a first token is told so while asking again still makes sense."""
+        now = self._clock()
+        if now < self._looked + LOOK_SECONDS:
+            return
+        self._looked = now
+        for sequence in [s for s in self._scheduler.sequences() if not s.pages and not s.background]:
+            job = self._jobs[sequence.id]
+            if isinstance(job, _Generation) and now - job.since > self._patience:
+                self._remove(sequence.id)
+                self._fail(sequence.id, _crowded(self._pace.wait(self._scheduler.waiting)))
 
     def _score(self, job: int, request: protocol.ScoreRequest) -> None:
         if not request.targets:
@@ -252,9 +287,9 @@ class EngineLoop:
     def _land(self) -> bool:
         """Loads that have ended: on with those who waited for them. Whether there was one."""
         some = False
-        while landed := self._tiers.landed(self._scheduler.wanted()):
+        while self._tiers.arrived:
             some = True
-            for ref, resident, error in landed:
+            for ref, resident, error in self._tiers.landed(self._scheduler.wanted()):
                 for one in self._awaiting.pop(ref, ()):
                     self._guarded(one.job, partial(_go_on, one, resident, error))
                 if resident is None:
@@ -322,8 +357,10 @@ class EngineLoop:
     # --- step
 
     def _plan(self) -> Plan:
+        self._send_away_the_late()
         plan = self._scheduler.plan()
         for sequence in plan.admitted:
+            self._pace.left(self._clock(), others=self._scheduler.waiting > 0)
             if sequence.adapter is not None:
                 self._jobs[sequence.id].adapter = self._tiers.find(sequence.adapter)
         return plan
@@ -447,6 +484,11 @@ class EngineLoop:
             if close is not None:
                 close()
         self._training = None
+
+
+def _crowded(wait: float) -> Busy:
+    seconds = max(1, math.ceil(min(wait, MAX_RETRY_SECONDS)))
+    return Busy(f"Too many requests are waiting; try again in {seconds} seconds.", retry_after=seconds)
 
 
 def _failed(job: int, error: PersonaError) -> Failed:

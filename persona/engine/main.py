@@ -49,6 +49,7 @@ class Options(msgspec.Struct, frozen=True):
     memory_mb: int
     host_mb: int
     prefill_tokens: int
+    patience_seconds: float
     threads: int
 
 
@@ -99,6 +100,7 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
         about=lambda: protocol.replace(health, memory=_memory_used(base.device)),
         eos=frozenset(base.shape.eos),
         send=send,
+        patience=options.patience_seconds,
     )
 
 

@@ -2,18 +2,18 @@
 
 A sequence reserves pages for its prompt and its longest reply when it is admitted, so a running one never waits for
 memory; what an earlier one of the same user and version left behind is not computed again (prefix.py). Chat goes
-before scoring; among equals the first come goes first. Every step decodes all running rows and prefills at most
+before scoring; who is next among users says waiting.py. Every step decodes all running rows and prefills at most
 `prefill_tokens` prompt tokens beside them.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 
 from persona.engine.pages import PagePool
 from persona.engine.prefix import Block, Owner, PrefixCache
 from persona.engine.protocol import AdapterRef
+from persona.engine.waiting import GENERATED, Shares, WaitingRoom
 
 
 @dataclass(eq=False, slots=True)
@@ -31,6 +31,7 @@ class Sequence:
     adapter: AdapterRef | None = None
     targets: tuple[int, ...] = ()  # positions to score; empty for chat
     background: bool = False
+    user_id: int = 0
     owner: Owner | None = None
     computed: int = 0
     cached: int = 0
@@ -80,7 +81,8 @@ class Scheduler:
         self.pool, self.prefix = pool, PrefixCache(pool)
         self.prompt_tokens = self.cached_tokens = 0  # of all that were admitted with an owner
         self._max_running, self._max_waiting, self._prefill_tokens = max_running, max_waiting, prefill_tokens
-        self._waiting: tuple[deque[Sequence], deque[Sequence]] = (deque(), deque())  # chat, background
+        self.shares = Shares()
+        self._waiting = WaitingRoom[Sequence](self.shares), WaitingRoom[Sequence](Shares())  # chat, background
         self._running: list[Sequence] = []
 
     @property
@@ -104,16 +106,28 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         room = self._waiting[sequence.background]
-        room.append(sequence)
+        room.add(sequence)
+        if not sequence.background:
+            self.shares.come(sequence.user_id)
         if sequence.adapter is not None and len(room) <= self._max_running:
             self._ready(sequence.adapter)
+
+    def give_way(self, user_id: int) -> Sequence | None:
+        """Who should leave a full waiting room for a request of this user; None: nobody, it is fairly full."""
+        return self._waiting[0].last_of_the_greediest(user_id)
+
+    def before(self, sequence: Sequence) -> int:
+        """How many of those that wait go before it."""
+        return self._waiting[sequence.background].order().index(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages."""
         if sequence in self._running:
             self._running.remove(sequence)
-        elif sequence in self._waiting[sequence.background]:
-            self._waiting[sequence.background].remove(sequence)
+        else:
+            self._waiting[sequence.background].discard(sequence)
+        if not sequence.background:
+            self.shares.go(sequence.user_id)
         own = sequence.pages[len(sequence.blocks) :]
         self.prefix.release(sequence.blocks)
         self.pool.give(own)
@@ -130,8 +144,11 @@ class Scheduler:
         """The step of `plan` is done: pages that it filled become blocks."""
         for sequence in plan.decode:
             self._keep_blocks(sequence)
+            self.shares.charge(sequence.user_id, GENERATED)
         for segment in plan.prefill:
             self._keep_blocks(segment.sequence)
+            if not segment.sequence.background:
+                self.shares.charge(segment.sequence.user_id, segment.end - segment.start)
 
     def sequences(self) -> Iterator[Sequence]:
         yield from self._running
@@ -147,19 +164,19 @@ class Scheduler:
 
     def wanted(self) -> set[AdapterRef]:
         """The adapters of all running sequences and of those whose turn is near."""
-        near = (sequence for room in self._waiting for sequence in islice(room, self._max_running))
+        near = (sequence for room in self._waiting for sequence in room.order(self._max_running))
         return {s.adapter for s in chain(self._running, near) if s.adapter is not None}
 
     def _admit(self) -> Iterator[Sequence]:
-        """In order of arrival. Whose adapter is still on its way is passed over; who needs more pages than are left is
-        not, or a large request would starve."""
+        """In the order of the room. Whose adapter is still on its way is passed over; who needs more pages than are
+        left is not, or a large request would starve."""
         for room in self._waiting:
-            for sequence in list(islice(room, self._max_running)):
+            for sequence in room.order(self._max_running):
                 if sequence.adapter is not None and not self._ready(sequence.adapter):
                     continue
                 if len(self._running) == self._max_running or not self._reserve(sequence):
                     return
-                room.remove(sequence)
+                room.discard(sequence)
                 self._running.append(sequence)
                 yield sequence
 
@@ -189,10 +206,10 @@ class Scheduler:
                 sequence.blocks.append(block)
 
     def _segments(self, budget: int) -> Iterator[Segment]:
-        """Chat first, then scoring, each in order of admission."""
-        for background in (False, True):
-            for sequence in self._running:
-                if budget and sequence.background == background and sequence.prefilling:
-                    end = min(sequence.prompt, sequence.computed + budget)
-                    budget -= end - sequence.computed
-                    yield Segment(sequence, sequence.computed, end)
+        """Chat first, who has had least before others, then scoring; among equals in order of admission."""
+        waiting = [sequence for sequence in self._running if sequence.prefilling]
+        for sequence in sorted(waiting, key=lambda s: (s.background, 0.0 if s.background else self.shares[s.user_id])):
+            if budget:
+                end = min(sequence.prompt, sequence.computed + budget)
+                budget -= end - sequence.computed
+                yield Segment(sequence, sequence.computed, end)

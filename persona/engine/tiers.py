@@ -69,8 +69,9 @@ class Tiers:
         return self._host.nbytes
 
     @property
-    def loading(self) -> bool:
-        return bool(self._under_way)
+    def arrived(self) -> bool:
+        """Whether `landed` has something to tell."""
+        return not self._arrivals.empty()
 
     def ready(self, ref: AdapterRef) -> bool:
         """Whether the adapter is on the device; if not, it is being loaded from now on."""

@@ -1,5 +1,7 @@
 """The engine's loop in this process, on a tiny model: requests in, answers in lists, steps by hand."""
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ class Bench:
         budget: int = 1 << 26,
         host: int = 1 << 26,
         submit: Submit = lambda load: load(),
+        patience: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
         page: int = PAGE,
         eos: frozenset[int] = frozenset(),
     ) -> None:
@@ -82,6 +86,8 @@ class Bench:
             score=lambda wanted: branches.scores(self.decoder, wanted, prefill),
             about=lambda: health,
             eos=eos,
+            patience=patience,
+            clock=clock,
             send=lambda reply: self.answers.setdefault(reply.id, []).append(reply),
         )
         self._job = 0

@@ -1,0 +1,128 @@
+"""Who is next: each user gets a like share of the engine, however many requests one of them sends.
+
+Virtual token counters (Sheng et al., Fairness in Serving Large Language Models, OSDI 2024): a user's counter grows by
+what the engine does for them, and who has the least is next. Who comes back after a pause starts at the least counter
+of those who are active: nobody saves up, and nobody pays for having been served while the engine was idle.
+"""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Generic, Protocol, TypeVar
+
+GENERATED = 2.0  # what a generated token counts, against one of a prompt
+LEAST = 8  # admissions behind an estimate
+AWAY = 1000  # counters of users who are away that are kept at most
+
+
+class Waiting(Protocol):
+    """What stands in the room."""
+
+    user_id: int
+    prompt: int  # tokens
+
+
+S = TypeVar("S", bound=Waiting)
+
+
+class Shares:
+    """The counter of each user, and who is active: waits or runs."""
+
+    def __init__(self) -> None:
+        self._served: dict[int, float] = {}
+        self._active: Counter[int] = Counter()
+        self._last = 0.0  # the highest counter of those who left
+
+    def __getitem__(self, user_id: int) -> float:
+        return self._served.get(user_id, 0.0)
+
+    def come(self, user_id: int) -> None:
+        """One more request of the user."""
+        if not self._active[user_id]:
+            others = [self[other] for other, requests in self._active.items() if requests]
+            self._served[user_id] = max(self[user_id], min(others, default=self._last))
+        self._active[user_id] += 1
+
+    def go(self, user_id: int) -> None:
+        """One request less."""
+        self._active[user_id] -= 1
+        if not self._active[user_id]:
+            del self._active[user_id]
+            self._last = max(self._last, self[user_id])
+            if len(self._served) > len(self._active) + AWAY:
+                self._served = {user: self._served[user] for user in self._active}
+
+    def charge(self, user_id: int, tokens: float) -> None:
+        self._served[user_id] = self[user_id] + tokens
+
+
+class WaitingRoom(Generic[S]):
+    """Requests in order of arrival within a user, and by their counters between users."""
+
+    def __init__(self, shares: Shares) -> None:
+        self._shares = shares
+        self._queues: dict[int, deque[S]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[S]:
+        for queue in self._queues.values():
+            yield from queue
+
+    def add(self, one: S) -> None:
+        self._queues.setdefault(one.user_id, deque()).append(one)
+        self._size += 1
+
+    def discard(self, one: S) -> None:
+        """Take it out, if it is here."""
+        queue = self._queues.get(one.user_id, deque())
+        if one in queue:
+            queue.remove(one)
+            self._size -= 1
+        if not queue:
+            self._queues.pop(one.user_id, None)
+
+    def order(self, limit: int | None = None) -> list[S]:
+        """The next ones, as they will be served if nobody else comes."""
+        return list(islice(self._order(), limit))
+
+    def last_of_the_greediest(self, user_id: int) -> S | None:
+        """Whom to send away for a request of `user_id` when the room is full: of the user with the most requests here
+        the newest one, if that is not the same user or one with as few."""
+        queue = max(self._queues.values(), key=len, default=deque[S]())
+        return queue[-1] if len(queue) > len(self._queues.get(user_id, ())) + 1 else None
+
+    def _order(self) -> Iterator[S]:
+        ticket = count()  # among equal counters, who was first in the room
+        heap = [(self._shares[user], next(ticket), iter(queue)) for user, queue in self._queues.items()]
+        heapq.heapify(heap)
+        while heap:
+            served, place, queue = heap[0]
+            one = next(queue, None)
+            if one is None:
+                heapq.heappop(heap)
+            else:
+                yield one
+                heapq.heapreplace(heap, (served + one.prompt, place, queue))
+
+
+class Pace:
+    """How fast requests leave a room that is never empty: what one who comes must expect to wait."""
+
+    def __init__(self, sample: int = 32) -> None:
+        self._left: deque[float] = deque(maxlen=sample)
+
+    def left(self, now: float, *, others: bool) -> None:
+        """One was admitted at `now`, in seconds; `others`: whether some still wait."""
+        self._left.append(now)
+        if not others:
+            self._left.clear()
+
+    def wait(self, before: int) -> float:
+        """Seconds until it is the turn of one with `before` others before it; 0 as long as too little is known."""
+        if len(self._left) < LEAST:
+            return 0.0
+        return before * (self._left[-1] - self._left[0]) / (len(self._left) - 1)

@@ -1,0 +1,230 @@
+"""Whose turn it is: a crowd of one user's requests keeps nobody waiting, and who cannot be served is told early."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import Models
+from plain import some_tokens
+from workbench import Bench
+
+from persona.engine.waiting import GENERATED, Pace, Shares, WaitingRoom
+
+
+@dataclass(eq=False)
+class Request:
+    user_id: int
+    prompt: int = 10
+
+
+def room(*requests: Request) -> tuple[WaitingRoom[Request], Shares]:
+    shares = Shares()
+    made = WaitingRoom[Request](shares)
+    for one in requests:
+        shares.come(one.user_id)
+        made.add(one)
+    return made, shares
+
+
+def users(requests: list[Request]) -> list[int]:
+    return [one.user_id for one in requests]
+
+
+# --- the order
+
+
+def test_users_take_turns_however_many_requests_one_of_them_has() -> None:
+    waiting, _ = room(*[Request(1) for _ in range(6)], *[Request(2) for _ in range(2)], Request(3))
+    assert users(waiting.order()) == [1, 2, 3, 1, 2, 1, 1, 1, 1]
+    assert users(waiting.order(4)) == [1, 2, 3, 1]
+
+
+def test_a_user_of_long_prompts_gets_fewer_turns() -> None:
+    waiting, _ = room(*[Request(1, 40) for _ in range(3)], *[Request(2, 10) for _ in range(6)])
+    assert users(waiting.order(6)) == [1, 2, 2, 2, 2, 1]
+
+
+def test_requests_of_one_user_keep_their_order() -> None:
+    mine = [Request(1, prompt) for prompt in (5, 50, 7)]
+    waiting, _ = room(mine[0], Request(2), mine[1], mine[2])
+    assert [one for one in waiting.order() if one.user_id == 1] == mine
+
+
+def test_who_comes_back_has_saved_nothing_up() -> None:
+    _, shares = room(Request(1))
+    shares.charge(1, 1000)
+    shares.come(2)
+    assert shares[2] == 1000  # not a thousand turns in a row
+    shares.charge(2, 30)
+    shares.charge(1, 10)
+    shares.go(2)
+    shares.come(2)
+    assert shares[2] == 1030
+
+
+def test_who_was_served_alone_does_not_pay_for_it() -> None:
+    shares = Shares()
+    shares.come(1)
+    shares.charge(1, 1000)
+    shares.go(1)
+    shares.come(2)
+    shares.come(1)
+    assert shares[2] == shares[1]
+
+
+def test_thousands_who_left_are_forgotten() -> None:
+    shares = Shares()
+    for user in range(5000):
+        shares.come(user)
+        shares.charge(user, 10)
+        shares.go(user)
+    assert len(shares._served) < 1100
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(1, 60), min_size=2, max_size=5))
+def test_backlogged_users_are_served_alike(seed: int, longest: list[int]) -> None:
+    """The bound of the paper: never further apart than twice the dearest request."""
+    source = random.Random(seed)
+    waiting, shares = room()
+    served = dict.fromkeys(range(len(longest)), 0.0)
+
+    def refill(user: int) -> None:
+        shares.come(user)
+        waiting.add(Request(user, source.randint(1, longest[user])))
+
+    for user in served:
+        for _ in range(3):
+            refill(user)
+    for _ in range(200):
+        (one,) = waiting.order(1)
+        waiting.discard(one)
+        refill(one.user_id)
+        cost = one.prompt + GENERATED * source.randint(0, 20)
+        shares.charge(one.user_id, cost)
+        served[one.user_id] += cost
+        shares.go(one.user_id)
+        assert max(served.values()) - min(served.values()) <= 2 * (max(longest) + GENERATED * 20)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=60))
+def test_the_room_counts_who_is_in_it(moves: list[tuple[int, bool]]) -> None:
+    waiting, _ = room()
+    here: list[Request] = []
+    for user, comes in moves:
+        if comes or not here:
+            here.append(Request(user))
+            waiting.add(here[-1])
+        else:
+            waiting.discard(here.pop(user % len(here)))
+            waiting.discard(Request(user))  # was never here
+        assert len(waiting) == len(here) == len(waiting.order())
+        assert {id(one) for one in waiting} == {id(one) for one in here}
+
+
+# --- a full room
+
+
+def test_in_a_full_room_the_newest_of_the_greediest_leaves() -> None:
+    crowd = [Request(1) for _ in range(5)]
+    waiting, _ = room(*crowd, Request(2))
+    assert waiting.last_of_the_greediest(3) is crowd[-1]
+    assert waiting.last_of_the_greediest(2) is crowd[-1]
+    assert waiting.last_of_the_greediest(1) is None
+    even, _ = room(Request(1), Request(2))
+    assert even.last_of_the_greediest(3) is None
+    assert room()[0].last_of_the_greediest(1) is None
+
+
+@pytest.mark.parametrize("place", [0, 1, 7])
+def test_the_pace_tells_how_long_it_will_take(place: int) -> None:
+    pace = Pace()
+    for second in range(20):
+        pace.left(second / 2, others=True)
+    assert pace.wait(place) == pytest.approx(place / 2)
+    pace.left(10.0, others=False)
+    assert pace.wait(place) == 0.0  # nobody waits any more: nothing is known of the next crowd
+
+
+# --- in the engine
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_light_user_is_answered_amid_a_flood(models: Models) -> None:
+    bench = Bench(models, running=2)
+    flood = [bench.generate(some_tokens(20, seed=seed), count=10, user=1) for seed in range(40)]
+    bench.work(2)
+    light = bench.generate(some_tokens(20, seed=99), count=4, user=2)
+    for _ in range(40):
+        bench.work()
+        if bench.end(light):
+            break
+    assert bench.end(light) == "length"
+    assert sum(bench.end(job) is not None for job in flood) <= 6
+    bench.finish()
+    assert all(bench.end(job) == "length" for job in flood)
+
+
+def test_prompts_of_who_had_least_are_computed_first(models: Models) -> None:
+    bench = Bench(models, prefill=32)
+    for seed in range(3):
+        bench.generate(some_tokens(100, seed=seed), count=4, user=1)
+    bench.work()
+    light = bench.generate(some_tokens(20, seed=9), count=4, user=2)
+    bench.work(2)  # from equal counters on, of 300 tokens that wait
+    assert len(bench.answers.get(light, [])) == 1
+
+
+def test_a_flood_fills_the_room_and_others_still_get_in(models: Models) -> None:
+    bench = Bench(models, running=1, waiting=4)
+    first = bench.generate(some_tokens(10), count=30, user=1)
+    bench.work()
+    flood = [bench.generate(some_tokens(10), user=1) for _ in range(6)]
+    assert [bench.failure(job).kind for job in flood[4:]] == ["Busy"] * 2
+    light = bench.generate(some_tokens(10), user=2)
+    assert bench.failure(flood[3]).retry_after >= 1
+    bench.finish()
+    assert [bench.end(job) for job in (first, *flood[:3], light)] == ["length"] * 5
+
+
+def test_who_waited_too_long_is_told_and_who_runs_is_not(models: Models) -> None:
+    clock = Clock()
+    bench = Bench(models, running=1, patience=5.0, clock=clock)
+    running = bench.generate(some_tokens(10), count=30, user=1)
+    bench.work(3)
+    late = bench.generate(some_tokens(10), user=2)
+    clock.now = 4.0
+    bench.work()
+    later = bench.generate(some_tokens(10), user=3)
+    clock.now = 6.0
+    bench.work()
+    assert bench.failure(late).kind == "Busy"
+    assert later not in bench.answers
+    bench.finish()
+    assert [bench.end(job) for job in (running, later)] == ["length"] * 2
+
+
+def test_who_could_not_be_served_in_time_is_refused_at_once(models: Models) -> None:
+    clock = Clock()
+    bench = Bench(models, running=1, patience=10.0, clock=clock)
+    jobs = [bench.generate(some_tokens(10), count=1, user=user) for user in range(1, 21)]
+    for _ in range(9):
+        clock.now += 1.0
+        bench.work()
+    assert bench.health().waiting == 11
+    refused = bench.failure(bench.generate(some_tokens(10), user=30))
+    assert (refused.kind, refused.retry_after) == ("Busy", 11)
+    assert "11 seconds" in refused.message
+    clock.now += 1.0
+    bench.work(2)
+    fits = bench.generate(some_tokens(10), count=1, user=31)
+    bench.finish()
+    assert bench.end(fits) == "length"
+    assert all(bench.end(job) == "length" for job in jobs)
