@@ -15,7 +15,8 @@ import structlog
 
 from persona import frames
 from persona import prompt as prompts
-from persona.chat_reply import Ask, Reply, Sheet, Voice
+from persona.chat_reply import Ask, Choices, Mail, Reply, Sheet, Voice
+from persona.chat_sampling import Limits
 from persona.domain import (
     Caller,
     ChatTokenizer,
@@ -30,7 +31,7 @@ from persona.domain import (
     VersionState,
 )
 from persona.engine.faces import Serving
-from persona.engine.protocol import Chunk, GenerateRequest, Sampling, ref
+from persona.engine.protocol import Chunk, GenerateRequest, ref, replace
 from persona.errors import AdapterError, Busy, EngineDown, NotFound, RequestError, StorageFull, TooLarge
 from persona.settings import Settings
 from storage.adapters import Adapters
@@ -88,7 +89,16 @@ class Chat:
         self.disk_full = False  # the last write found no space
         self._closing = False
 
+    @property
+    def limits(self) -> Limits:
+        return Limits(self._settings.prompt.max_reply_tokens, self._tokenizer.vocab)
+
     async def reply(self, caller: Caller, ask: Ask) -> Reply:
+        """The reply to an ask that wants no more than one; as `replies`."""
+        (reply,) = (await self.replies(caller, ask)).replies
+        return reply
+
+    async def replies(self, caller: Caller, ask: Ask) -> Choices:
         """Store the user's turn, compose the prompt and start to generate.
 
         Raises NotFound for a model that the caller does not have, TooLarge for a conversation that does not fit.
@@ -96,11 +106,16 @@ class Chat:
         if self._closing:
             raise Busy("The service is stopping; try again in a moment.", retry_after=5)
         sheet = await self._sheet(caller, ask, store=True)
-        reply = Reply(caller, ask, sheet)
+        mail: Mail = asyncio.Queue()
+        made = [Reply(caller, ask, sheet, index, mail) for index in range(ask.choices)]
+        for reply in made:
+            self._start(reply)
+        return Choices(made, mail)
+
+    def _start(self, reply: Reply) -> None:
         reply.task = asyncio.create_task(self._run(reply))
         self.running.add(reply)
         reply.task.add_done_callback(lambda _: self._leave(reply))
-        return reply
 
     async def why(self, caller: Caller, ask: Ask) -> Sheet:
         """What a reply to `ask` would be made of; stores and generates nothing."""
@@ -294,13 +309,9 @@ class Chat:
         tokens = reply.sheet.prompt.rendered.tokens
         room = min(self._context() - len(tokens), self._settings.prompt.max_reply_tokens)
         asked = reply.ask.sampling
-        sampling = Sampling(
-            max_tokens=min(reply.ask.max_tokens or room, room),
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            seed=asked.seed,
-            stop=asked.stop,
-        )
+        # Each choice has chance of its own, and the same again for the same seed.
+        seed = None if asked.seed is None else asked.seed + reply.index
+        sampling = replace(asked, max_tokens=min(reply.ask.max_tokens or room, room), seed=seed)
         adapter = ref(reply.version) if reply.version else None
         return self._engine.generate(GenerateRequest(tokens, sampling, adapter, reply.caller.user.id))
 

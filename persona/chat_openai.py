@@ -4,6 +4,7 @@ Unknown fields are ignored; a known field whose value would change the answer's 
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from persona import chat_sampling
 from persona.chat import UNKNOWN_MODEL, require_question
 from persona.chat_reply import Ask, Reply, about
+from persona.chat_sampling import Limits, Wishes
 from persona.domain import Finish, Message, Role
 from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
@@ -35,10 +37,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "n": (1,),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
@@ -55,19 +53,16 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Completion(msgspec.Struct):
+class Completion(Wishes):
     """The body of POST /v1/chat/completions."""
 
     model: str
     messages: list[WireMessage]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
+    n: int | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
     tools: Any = None
@@ -77,10 +72,6 @@ class Completion(msgspec.Struct):
     response_format: Any = None
     logprobs: Any = None
     top_logprobs: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    n: Any = None
     modalities: Any = None
     audio: Any = None
     web_search_options: Any = None
@@ -90,7 +81,7 @@ class Completion(msgspec.Struct):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-def understand(wire: Completion, max_reply: int) -> Ask:
+def understand(wire: Completion, limits: Limits) -> Ask:
     """The ask that a body stands for. Raises RequestError or NotFound that names the field."""
     _refuse_unserved(wire)
     if len(wire.model) > MAX_MODEL_CHARS:
@@ -98,8 +89,9 @@ def understand(wire: Completion, max_reply: int) -> Ask:
     ask = Ask(
         model=wire.model,
         messages=_messages(wire.messages),
-        sampling=chat_sampling.sampling(wire.temperature, wire.top_p, wire.seed, wire.stop),
-        max_tokens=_max_tokens(wire, max_reply),
+        sampling=chat_sampling.sampling(wire, limits),
+        max_tokens=_max_tokens(wire, limits.reply),
+        choices=chat_sampling.choices(wire.n),
         store=wire.store is not False,
         conversation=_conversation(wire.metadata),
     )
@@ -107,20 +99,27 @@ def understand(wire: Completion, max_reply: int) -> Ask:
     return ask
 
 
-def completion(reply: Reply, head: dict[str, Any]) -> dict[str, Any]:
-    """A whole answer."""
-    choice = {
-        "index": 0,
+def completion(replies: Sequence[Reply], head: dict[str, Any]) -> dict[str, Any]:
+    """A whole answer. What persona adds stands beside the choices, for the first, and in each if there are more."""
+    choices = [_choice(reply) for reply in replies]
+    if len(replies) > 1:
+        choices = [{**choice, "persona": about(reply)} for choice, reply in zip(choices, replies, strict=True)]
+    answer = {"object": "chat.completion", "choices": choices, "usage": usage(replies), "persona": about(replies[0])}
+    return {**head, **answer}
+
+
+def _choice(reply: Reply) -> dict[str, Any]:
+    return {
+        "index": reply.index,
         "message": {"role": "assistant", "content": reply.text, "refusal": None},
         "logprobs": None,
         "finish_reason": finish_reason(reply),
     }
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(reply), "persona": about(reply)}
 
 
-def chunk(head: dict[str, Any], delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+def chunk(head: dict[str, Any], delta: dict[str, Any], finish: str | None = None, index: int = 0) -> dict[str, Any]:
     """A piece of a streamed answer."""
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
     return {**head, "object": "chat.completion.chunk", "choices": [choice]}
 
 
@@ -140,9 +139,10 @@ def finish_reason(reply: Reply) -> str:
     return _FINISH[reply.finish or Finish.ABORT]
 
 
-def usage(reply: Reply) -> dict[str, int]:
-    prompt = len(reply.sheet.prompt.rendered.tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": reply.tokens, "total_tokens": prompt + reply.tokens}
+def usage(replies: Sequence[Reply]) -> dict[str, int]:
+    """Of all choices together; they have one prompt."""
+    prompt, made = len(replies[0].sheet.prompt.rendered.tokens), sum(reply.tokens for reply in replies)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
 def error_body(error: PersonaError) -> dict[str, Any]:

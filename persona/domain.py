@@ -194,6 +194,11 @@ class Rendered:
 class ChatTokenizer(Protocol):
     """Text to tokens and back, and the base's chat template."""
 
+    @property
+    def vocab(self) -> int:
+        """How many tokens there are."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text: what looks like a special token stays text."""
         ...

@@ -161,11 +161,13 @@ class EngineLoop:
         if self._scheduler.full():
             raise Busy("Too many requests are waiting; try again in a few seconds.", retry_after=5)
         limit = len(request.tokens) + request.sampling.max_tokens
+        if any(not 0 <= token < self._about().vocab for token, _ in request.sampling.logit_bias):
+            raise RequestError("logit_bias names a token that the model does not have.", param="logit_bias")
         sequence = self._sequence(job, request.tokens, limit, request.adapter)
         self._jobs[job] = _Generation(
             sequence,
             self._resident(request.adapter),
-            Sampler(request.sampling),
+            Sampler(request.sampling, request.tokens),
             Detokenizer(self._text),
             Stops(request.sampling.stop),
         )
@@ -199,6 +201,8 @@ class EngineLoop:
         about = self._about()
         if not tokens:
             raise RequestError("The prompt is empty.")
+        if min(tokens) < 0 or max(tokens) >= about.vocab:  # one such row would end the whole step
+            raise RequestError("The prompt holds a token that the model does not have.")
         if limit > about.context or not self._scheduler.fits(limit):
             raise TooLarge(
                 f"Prompt and reply together are {limit} tokens; at most {about.context} fit.",

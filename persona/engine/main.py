@@ -63,6 +63,7 @@ def build(options: Options, send: "Outbox") -> EngineLoop:
         device=options.device,
         weights=options.weights,
         context=min(options.context, base.shape.context),
+        vocab=base.shape.vocab,
         base_bytes=base.nbytes(),
     )
 

@@ -23,13 +23,22 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True):
-    """How the next token is drawn. `temperature` 0 is greedy."""
+    """How the next token is drawn. `temperature` 0 is greedy.
+
+    Frequency and presence penalties count what was generated, the repetition penalty the prompt, too.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0  # of the likeliest token's probability
+    frequency_penalty: float = 0.0  # off a logit for each time that the token stands in the reply
+    presence_penalty: float = 0.0  # off a logit once
+    repetition_penalty: float = 1.0  # a positive logit is divided by it, a negative one multiplied
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
@@ -115,6 +124,7 @@ class Health(msgspec.Struct, frozen=True):
     device: str
     weights: str  # nf4, int4 or none
     context: int  # tokens one sequence may have
+    vocab: int = 0  # tokens that there are
     running: int = 0
     waiting: int = 0
     resident: int = 0  # adapters in memory

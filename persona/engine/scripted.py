@@ -189,6 +189,7 @@ class ScriptedText:
 
     MARKS: tuple[str, ...] = ("system", "user", "assistant", "tool")
     END = 255 + len(MARKS) + 1
+    vocab = END + 1
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -51,6 +51,10 @@ class Text:
             raise ModelError(f"The tokenizer of the prepared model cannot be read ({error}).") from None
         return cls(tokenizer, chat["template"], chat["special"])
 
+    @property
+    def vocab(self) -> int:
+        return int(self._plain.get_vocab_size())
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text.translate(_FORBIDDEN), add_special_tokens=False).ids
         return ids

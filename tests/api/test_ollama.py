@@ -19,6 +19,7 @@ from models import Models
 
 import persona
 from persona import chat_ollama
+from persona.chat_sampling import Limits
 from persona.engine.client import LocalEngine
 from persona.engine.protocol import GenerateRequest
 from persona.engine.scripted import ScriptedEngine, ScriptedText
@@ -170,9 +171,18 @@ async def test_options_reach_the_engine_as_asked(live: Live) -> None:
     assert (sampling.stop, sampling.max_tokens) == (("\n", "END"), 9)
 
 
+async def test_every_option_of_sampling_reaches_the_engine(live: Live) -> None:
+    client = await live.ollama()
+    options = {"top_k": 40, "min_p": 0.05, "repeat_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5}
+    await client.chat("persona", HI, options=options)
+    asked = live.engine.requests[-1].sampling
+    assert (asked.top_k, asked.min_p, asked.repetition_penalty) == (40, 0.05, 1.1)
+    assert (asked.presence_penalty, asked.frequency_penalty) == (0.5, -0.5)
+
+
 async def test_options_that_only_a_loader_heeds_are_ignored(live: Live) -> None:
     client = await live.ollama()
-    options = {"num_ctx": 8192, "num_gpu": 99, "top_k": 40, "repeat_penalty": 1.1, "num_predict": -1, "mirostat": 0}
+    options = {"num_ctx": 8192, "num_gpu": 99, "repeat_last_n": 64, "num_predict": -1, "mirostat": 0}
     for keep_alive in ("5m", -1, 0):
         await client.chat("persona", HI, options=options, keep_alive=keep_alive, format="", logprobs=False)
     assert live.engine.requests[-1].sampling.max_tokens == live.services.settings.prompt.max_reply_tokens
@@ -239,7 +249,9 @@ async def test_what_is_no_thought_before_an_answer_is_not_lost(start: Start, tex
         ({"format": {"type": "object"}}, "format"),
         ({"logprobs": True}, "logprobs"),
         ({"options": {"mirostat": 1}}, "options.mirostat"),
-        ({"options": {"presence_penalty": 0.5}}, "options.presence_penalty"),
+        ({"options": {"presence_penalty": 2.5}}, "options.presence_penalty"),
+        ({"options": {"repeat_penalty": -1}}, "options.repeat_penalty"),
+        ({"options": {"top_k": -5}}, "options.top_k"),
         ({"options": {"temperature": 9}}, "options.temperature"),
         ({"options": {"num_predict": 10**9}}, "options.num_predict"),
         ({"options": {"num_predict": 0}}, "options.num_predict"),
@@ -650,4 +662,4 @@ async def test_no_body_whatever_is_our_own_fault(live: Live) -> None:
 def test_any_value_of_a_known_field_is_taken_or_refused_by_name(name: str, value: Any) -> None:
     body = msgspec.json.encode({"model": "persona", "messages": HI, name: value})
     with contextlib.suppress(PersonaError):
-        assert chat_ollama.understand(decode(body, chat_ollama.Question), 100).messages
+        assert chat_ollama.understand(decode(body, chat_ollama.Question), Limits(100, 1000)).messages

@@ -63,7 +63,7 @@ class Bench:
             budget,
             lambda found: lora.promote(found, self.shape, self.decoder.dtype, self.decoder.device),
         )
-        health = Health(self.prepared.base, "tiny", "cpu", weights, context)
+        health = Health(self.prepared.base, "tiny", "cpu", weights, context, self.shape.vocab)
         self.loop = EngineLoop(
             scheduler=self.scheduler,
             runner=Runner(self.decoder, self.cache),
