@@ -93,6 +93,10 @@ class Chat:
     def limits(self) -> Limits:
         return Limits(self._settings.prompt.max_reply_tokens, self._tokenizer.vocab)
 
+    def spell(self, token: int) -> bytes:
+        """What a token stands for."""
+        return self._tokenizer.piece(token)
+
     async def reply(self, caller: Caller, ask: Ask) -> Reply:
         """The reply to an ask that wants no more than one; as `replies`."""
         (reply,) = (await self.replies(caller, ask)).replies

@@ -4,7 +4,7 @@ Unknown fields are ignored; a known field whose value would change the answer's 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from persona.chat import UNKNOWN_MODEL, require_question
 from persona.chat_reply import Ask, Reply, about
 from persona.chat_sampling import Limits, Wishes
 from persona.domain import Finish, Message, Role
+from persona.engine.protocol import TokenLogprob, replace
 from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
 MAX_MESSAGES = 4096
@@ -35,12 +36,11 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
 }
+Spell = Callable[[int], bytes]  # what a token stands for
 _FINISH = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ABORT: "length", Finish.ERROR: "length"}
 
 
@@ -63,6 +63,8 @@ class Completion(Wishes):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
     tools: Any = None
@@ -70,8 +72,6 @@ class Completion(Wishes):
     tool_choice: Any = None
     function_call: Any = None
     response_format: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
     modalities: Any = None
     audio: Any = None
     web_search_options: Any = None
@@ -89,7 +89,7 @@ def understand(wire: Completion, limits: Limits) -> Ask:
     ask = Ask(
         model=wire.model,
         messages=_messages(wire.messages),
-        sampling=chat_sampling.sampling(wire, limits),
+        sampling=replace(chat_sampling.sampling(wire, limits), logprobs=_logprobs(wire)),
         max_tokens=_max_tokens(wire, limits.reply),
         choices=chat_sampling.choices(wire.n),
         store=wire.store is not False,
@@ -99,28 +99,54 @@ def understand(wire: Completion, limits: Limits) -> Ask:
     return ask
 
 
-def completion(replies: Sequence[Reply], head: dict[str, Any]) -> dict[str, Any]:
+def completion(replies: Sequence[Reply], head: dict[str, Any], spell: Spell) -> dict[str, Any]:
     """A whole answer. What persona adds stands beside the choices, for the first, and in each if there are more."""
-    choices = [_choice(reply) for reply in replies]
+    choices = [_choice(reply, spell) for reply in replies]
     if len(replies) > 1:
         choices = [{**choice, "persona": about(reply)} for choice, reply in zip(choices, replies, strict=True)]
     answer = {"object": "chat.completion", "choices": choices, "usage": usage(replies), "persona": about(replies[0])}
     return {**head, **answer}
 
 
-def _choice(reply: Reply) -> dict[str, Any]:
+def _choice(reply: Reply, spell: Spell) -> dict[str, Any]:
     return {
         "index": reply.index,
         "message": {"role": "assistant", "content": reply.text, "refusal": None},
-        "logprobs": None,
+        "logprobs": logprobs(reply, reply.logprobs, spell),
         "finish_reason": finish_reason(reply),
     }
 
 
-def chunk(head: dict[str, Any], delta: dict[str, Any], finish: str | None = None, index: int = 0) -> dict[str, Any]:
+def chunk(
+    head: dict[str, Any],
+    delta: dict[str, Any],
+    finish: str | None = None,
+    index: int = 0,
+    logprobs: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """A piece of a streamed answer."""
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
     return {**head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def logprobs(reply: Reply, found: Sequence[TokenLogprob], spell: Spell) -> dict[str, Any] | None:
+    """What is told of the tokens of a reply, or of a piece of it; None if nobody asked."""
+    if reply.ask.sampling.logprobs is None:
+        return None
+    content = [
+        {
+            **_told(one.token, one.logprob, spell),
+            "top_logprobs": [_told(token, value, spell) for token, value in one.top],
+        }
+        for one in found
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _told(token: int, logprob: float, spell: Spell) -> dict[str, Any]:
+    """A part of a character is shown as U+FFFD, and its bytes say which."""
+    content = spell(token)
+    return {"token": content.decode(errors="replace"), "bytes": list(content), "logprob": logprob}
 
 
 def head(reply: Reply, identity: str, created: int, base: str) -> dict[str, Any]:
@@ -191,6 +217,13 @@ def _max_tokens(wire: Completion, most: int) -> int | None:
     if wire.max_completion_tokens is not None:
         return chat_sampling.max_tokens("max_completion_tokens", wire.max_completion_tokens, most)
     return chat_sampling.max_tokens("max_tokens", wire.max_tokens, most)
+
+
+def _logprobs(wire: Completion) -> int | None:
+    top = chat_sampling.top_logprobs("top_logprobs", wire.top_logprobs or 0)
+    if top and not wire.logprobs:
+        raise chat_sampling.refused("top_logprobs", "needs logprobs to be true")
+    return top if wire.logprobs else None
 
 
 def _conversation(metadata: dict[str, Any] | None) -> str | None:

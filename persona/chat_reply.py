@@ -11,7 +11,7 @@ from typing import Any
 
 from persona.chat_tools import Call, Ear, Heard
 from persona.domain import Caller, EntryId, Finish, Message, Version
-from persona.engine.protocol import Chunk, Sampling
+from persona.engine.protocol import Chunk, Sampling, TokenLogprob
 from persona.prompt import Prompt
 from storage.history import Placement
 
@@ -52,11 +52,15 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a reply, text and calls of tools; the last one has its finish."""
+    """A piece of a reply, text and calls of tools; the last one has its finish.
+
+    `logprobs`: of the tokens whose text begins in it, if they were asked for.
+    """
 
     text: str
     finish: Finish | None = None
     calls: tuple[Call, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Reply:
@@ -75,6 +79,7 @@ class Reply:
         self.tokens = 0
         self.first: float | None = None  # time of the event loop at the first token
         self.calls: list[Call] = []
+        self.logprobs: list[TokenLogprob] = []
         self.finish: Finish | None = None
         self.turn: EntryId | None = None
         self.task: asyncio.Task[None] | None = None
@@ -115,15 +120,16 @@ class Reply:
     def hear(self, chunk: Chunk) -> None:
         self.tokens = max(self.tokens, chunk.tokens)
         self.first = self.first or asyncio.get_running_loop().time()
-        self._deliver(self._ear.hear(chunk.text) if self._ear else Heard(chunk.text))
+        self.logprobs += chunk.logprobs
+        self._deliver(self._ear.hear(chunk.text) if self._ear else Heard(chunk.text), tuple(chunk.logprobs))
         if self._ear and chunk.finish in (Finish.STOP, Finish.LENGTH):
             self._deliver(self._ear.end())
 
-    def _deliver(self, heard: Heard) -> None:
-        if heard.text or heard.calls:
+    def _deliver(self, heard: Heard, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        if heard.text or heard.calls or logprobs:
             self._said.append(heard.text)
             self.calls += heard.calls
-            self._mail.put_nowait((self, Piece(heard.text, calls=heard.calls)))
+            self._mail.put_nowait((self, Piece(heard.text, calls=heard.calls, logprobs=logprobs)))
 
     def end(self, finish: Finish, failure: Exception | None = None) -> None:
         if self.finish is None:

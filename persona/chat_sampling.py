@@ -17,6 +17,7 @@ MAX_STOP_CHARS = 256
 MAX_BIASES = 1024
 MAX_BIAS = 100
 MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
 _SEED = 1 << 63
 
 
@@ -88,6 +89,13 @@ def choices(wanted: int | None) -> int:
     if wanted is not None and not 1 <= wanted <= MAX_CHOICES:
         raise refused("n", f"lies between 1 and {MAX_CHOICES}")
     return wanted or 1
+
+
+def top_logprobs(name: str, wanted: int) -> int:
+    """How many alternatives are told with each token."""
+    if not 0 <= wanted <= MAX_TOP_LOGPROBS:
+        raise refused(name, f"lies between 0 and {MAX_TOP_LOGPROBS}")
+    return wanted
 
 
 def refused(name: str, bounds: str) -> RequestError:

@@ -205,6 +205,10 @@ class ChatTokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
+    def piece(self, token: int) -> bytes:
+        """What one token stands for; a part of a character may be all of it."""
+        ...
+
     def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
         """Template `messages`; with `reply` the assistant's header stands at the end, ready to be continued."""
         ...

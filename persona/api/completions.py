@@ -35,7 +35,8 @@ async def complete(request: web.Request) -> web.StreamResponse:
 async def _whole(request: web.Request, choices: Choices) -> web.Response:
     while not choices.ended:
         await choices.next()
-    answer = chat_openai.completion(choices.replies, _head(services(request), choices.first))
+    deps = services(request)
+    answer = chat_openai.completion(choices.replies, _head(deps, choices.first), deps.chat.spell)
     return web.json_response(answer, headers=views.reply_headers(choices.first), dumps=dumps)
 
 
@@ -97,7 +98,8 @@ class _Chunks:
 
     def of(self, reply: Reply, piece: Piece) -> dict[str, Any]:
         if piece.finish is None:
-            return self._marked(chat_openai.chunk(self._head, {"content": piece.text}, index=reply.index))
+            told = chat_openai.logprobs(reply, piece.logprobs, self._deps.chat.spell)
+            return self._marked(chat_openai.chunk(self._head, {"content": piece.text}, None, reply.index, told))
         finish = chat_openai.finish_reason(reply)
         return {
             **self._marked(chat_openai.chunk(self._head, {}, finish, reply.index)),

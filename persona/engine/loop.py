@@ -12,10 +12,23 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
+import torch
 
-from persona.engine import protocol, sampler
+from persona.engine import logprobs, protocol, sampler
+from persona.engine.logprobs import Margin
 from persona.engine.lora import Resident
-from persona.engine.protocol import AdapterRef, Chunk, Failed, Health, Piece, Progress, Reply, Request, Scores
+from persona.engine.protocol import (
+    AdapterRef,
+    Chunk,
+    Failed,
+    Health,
+    Piece,
+    Progress,
+    Reply,
+    Request,
+    Scores,
+    TokenLogprob,
+)
 from persona.engine.runner import Result, Runner
 from persona.engine.sampler import Sampler
 from persona.engine.scheduler import Plan, Scheduler, Sequence
@@ -49,6 +62,7 @@ class _Generation:
     sampler: Sampler
     words: Detokenizer
     stops: Stops
+    margin: Margin
     generated: int = 0
 
 
@@ -170,6 +184,7 @@ class EngineLoop:
             Sampler(request.sampling, request.tokens),
             Detokenizer(self._text),
             Stops(request.sampling.stop),
+            Margin(),
         )
         self._scheduler.add(sequence)
 
@@ -266,10 +281,10 @@ class EngineLoop:
             return
         finite = result.logits.amax(-1).isfinite().tolist()
         jobs = [self._jobs[s.id] for s in result.next]
-        tokens = sampler.draw(result.logits.nan_to_num(), [j.sampler for j in jobs if isinstance(j, _Generation)])
-        for sequence, token, sound in zip(result.next, tokens, finite, strict=True):
+        drawn = _drawn(result.logits.nan_to_num(), [j.sampler for j in jobs if isinstance(j, _Generation)])
+        for sequence, (token, told), sound in zip(result.next, drawn, finite, strict=True):
             if sound:
-                self._extend(sequence.id, token)
+                self._extend(sequence.id, token, told)
             else:
                 self._finish(sequence.id, "error", "The adapter of this request computes values that are not finite.")
 
@@ -281,7 +296,7 @@ class EngineLoop:
             self._remove(sequence.id)
             self._send(Scores(sequence.id, job.found))
 
-    def _extend(self, job: int, token: int) -> None:
+    def _extend(self, job: int, token: int, told: TokenLogprob | None) -> None:
         generation = self._jobs[job]
         assert isinstance(generation, _Generation)
         generation.generated += 1
@@ -290,13 +305,16 @@ class EngineLoop:
             self._finish(job, "stop")
             return
         generation.sequence.tokens.append(token)
-        shown, stopped = generation.stops.feed(generation.words.add(token))
+        written = generation.words.add(token)
+        generation.margin.add(told, len(written))
+        shown, stopped = generation.stops.feed(written)
         if stopped:
             self._finish(job, "stop", shown=shown)
         elif len(generation.sequence.tokens) >= generation.sequence.limit:
             self._finish(job, "length", shown=shown)
         elif shown:
-            self._send(Piece(job, Chunk(shown, generation.generated)))
+            beside = generation.margin.show(len(shown))
+            self._send(Piece(job, Chunk(shown, generation.generated, logprobs=beside)))
 
     def _finish(self, job: int, finish: str, error: str | None = None, shown: str | None = None) -> None:
         """End a job with its last answer. `shown` given means that a stop string or the limit ended the text."""
@@ -304,12 +322,13 @@ class EngineLoop:
         if isinstance(ended, _Scoring):
             self._fail(job, Busy(error or "The scoring was aborted."))
             return
-        text = shown or ""
-        if shown is None or finish == "length":
+        text, stopped = shown or "", finish == "stop" and shown is not None
+        if not stopped:
             tail, stopped = ended.stops.feed(ended.words.flush())
             text += tail if stopped else tail + ended.stops.flush()
             finish = "stop" if stopped and finish == "length" else finish
-        self._send(Piece(job, Chunk(text, ended.generated, finish, error)))
+        beside = ended.margin.show(len(text)) if stopped else ended.margin.rest()
+        self._send(Piece(job, Chunk(text, ended.generated, finish, error, beside)))
 
     def _remove(self, job: int) -> _Generation | _Scoring:
         ended = self._jobs.pop(job)
@@ -365,6 +384,18 @@ class EngineLoop:
             if close is not None:
                 close()
         self._training = None
+
+
+def _drawn(logits: torch.Tensor, samplers: list[Sampler]) -> list[tuple[int, TokenLogprob | None]]:
+    """logits: [rows, vocab] → a token each and, where it was asked for, what is told of it."""
+    rows = [row for row, one in enumerate(samplers) if one.sampling.logprobs is not None]
+    plain = logits[rows] if rows else logits  # a copy: drawing changes logits
+    tokens = sampler.draw(logits, samplers)
+    told: dict[int, TokenLogprob] = {}
+    if rows:
+        tops = [samplers[row].sampling.logprobs or 0 for row in rows]
+        told = dict(zip(rows, logprobs.of(plain, [tokens[row] for row in rows], tops), strict=True))
+    return [(token, told.get(row)) for row, token in enumerate(tokens)]
 
 
 def _check_targets(request: protocol.ScoreRequest) -> None:

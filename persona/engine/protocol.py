@@ -39,6 +39,7 @@ class Sampling(msgspec.Struct, frozen=True):
     presence_penalty: float = 0.0  # off a logit once
     repetition_penalty: float = 1.0  # a positive logit is divided by it, a negative one multiplied
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
+    logprobs: int | None = None  # how many alternatives are told with each token; None: not even its own
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
@@ -50,13 +51,25 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     user_id: int = 0
 
 
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token, its natural log-probability, and the likeliest tokens in its place with theirs, in order."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
 class Chunk(msgspec.Struct, frozen=True):
-    """A piece of a reply. The last one has `finish`: stop, length, abort or error (then `error` says why)."""
+    """A piece of a reply. The last one has `finish`: stop, length, abort or error (then `error` says why).
+
+    `logprobs` are those of the tokens whose text begins in this piece, if they were asked for.
+    """
 
     text: str
     tokens: int = 0  # generated so far
     finish: str | None = None
     error: str | None = None
+    logprobs: list[TokenLogprob] = []
 
 
 class ScoreRequest(msgspec.Struct, frozen=True):

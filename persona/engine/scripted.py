@@ -20,6 +20,7 @@ from persona.engine.protocol import (
     Health,
     Progress,
     ScoreRequest,
+    TokenLogprob,
     TrainRequest,
 )
 from persona.errors import AdapterError, Busy, RequestError, TrainingFailed
@@ -76,7 +77,7 @@ class ScriptedEngine:
                 await asyncio.sleep(self._delay)
                 if self.failure is not None:
                     raise self.failure
-                yield Chunk(word, count)
+                yield Chunk(word, count, logprobs=_told(word, request.sampling.logprobs))
             ended = True
             yield Chunk("", len(kept), finish)
         finally:
@@ -165,6 +166,14 @@ class ScriptedEngine:
             raise AdapterError(f"The file of version {ref.number} does not match its checksum.")
 
 
+def _told(word: str, top: int | None) -> list[TokenLogprob]:
+    """A word is told as its first byte, with −1; the tokens after it follow with −2, −3, …"""
+    if top is None:
+        return []
+    token = word.encode()[0]
+    return [TokenLogprob(token, -1.0, [(token + place, -1.0 - place) for place in range(top)])]
+
+
 def _taken_up(request: TrainRequest) -> int:
     """The step after which this training goes on, 0 at its beginning."""
     if not request.checkpoint:
@@ -196,6 +205,9 @@ class ScriptedText:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
 
     def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
         tokens: list[int] = []

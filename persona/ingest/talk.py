@@ -140,7 +140,7 @@ class Talk:
         head = chat_openai.head(reply, identity, created, self._base())
         if stream and gathered.text:
             await say.answer(chat_openai.chunk(head, {"content": gathered.text}))
-        await say.answer(chat_openai.completion([reply], head))
+        await say.answer(chat_openai.completion([reply], head, self._chat.spell))
 
     @staticmethod
     async def _gather(reply: Reply) -> Piece:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,17 +15,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 from live import Live, Start
-from models import Models
 
 import persona
 from persona import chat_ollama
 from persona.chat_sampling import Limits
-from persona.engine.client import LocalEngine
 from persona.engine.protocol import GenerateRequest
 from persona.engine.scripted import ScriptedEngine, ScriptedText
-from persona.engine.text import Text
 from persona.errors import Busy, EngineDown, PersonaError
-from persona.settings import Settings
 from persona.wire import decode
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -518,20 +514,6 @@ async def test_a_call_that_a_client_does_not_wait_for_is_no_history(start: Start
     await stream.aclose()
     await gone(live)
     assert await live.history() == [("user", "hi"), ("assistant", "Wait.")]
-
-
-@pytest.fixture
-async def tiny(start: Start, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Live]:
-    """The service over a real engine process, whose tiny model says nothing sensible."""
-    prepared = Models(tmp_path_factory.getbasetemp() / "models").prepared()
-    sections: Any = {"model": {"device": "cpu"}, "engine": {"context": 1024, "memory_mb": 64, "threads": 1}}
-    changed = {name: {**settings.model_dump()[name], **values} for name, values in sections.items()}
-    engine = LocalEngine(Settings.model_validate({**settings.model_dump(), **changed}), prepared)
-    await engine.start()
-    try:
-        yield await start(engine, tokenizer=Text.load(prepared.folder), prepared=prepared, **sections)
-    finally:
-        await engine.stop()
 
 
 async def test_a_real_engine_hears_of_tools_and_goes_on_after_their_results(tiny: Live) -> None:
