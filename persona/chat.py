@@ -6,6 +6,7 @@ when the reply ends, however it ends, and a reply stays on one version from its 
 
 import asyncio
 import re
+from asyncio import Semaphore
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from datetime import datetime
@@ -25,14 +26,16 @@ from persona.domain import (
     Fact,
     Finish,
     Message,
+    Rendered,
     Role,
     User,
     Version,
     VersionState,
 )
 from persona.engine.faces import Serving
-from persona.engine.protocol import Chunk, GenerateRequest, ref, replace
+from persona.engine.protocol import Chunk, GenerateRequest, ScoreRequest, TokenLogprob, ref, replace
 from persona.errors import AdapterError, Busy, EngineDown, NotFound, RequestError, StorageFull, TooLarge
+from persona.prompt import Prompt
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.events import Events
@@ -45,6 +48,7 @@ _NUMBERED = re.compile(r"persona@([1-9][0-9]{0,8})")
 _RECENT_ENTRIES = 512  # unabsorbed entries that are read at most; the token budget is far below it
 _FACTS = 500  # facts, and states, that are looked at: the newest
 _QUERY_CHARS = 2000  # of the last message that the search looks at
+_AT_ONCE = 16  # replies to one request that the engine hears of at a time
 _DEFAULT_RESERVE = 256  # tokens kept free for a reply that names no max_tokens
 
 # What chat clients ask on their own account, in the user's role: title, tags, follow-ups, search queries.
@@ -110,14 +114,35 @@ class Chat:
         if self._closing:
             raise Busy("The service is stopping; try again in a moment.", retry_after=5)
         sheet = await self._sheet(caller, ask, store=True)
+        return self._begin(caller, ask, [sheet])
+
+    async def continuations(self, caller: Caller, ask: Ask, prompts: Sequence[list[int]]) -> Choices:
+        """Go on with raw tokens, `ask.choices` times with each: no template, no history, nothing on record.
+
+        Raises NotFound for a model that the caller does not have, TooLarge for what does not fit.
+        """
+        if self._closing:
+            raise Busy("The service is stopping; try again in a moment.", retry_after=5)
+        voice = await self._voice(caller.user, ask.model)
+        longest = max(map(len, prompts)) + (ask.max_tokens or 0)
+        if longest > self._context():
+            sentence = f"Prompt and reply together are {longest} tokens; at most {self._context()} fit."
+            raise TooLarge(sentence, code="context_length_exceeded", param="prompt")
+        sheets = [Sheet(voice, None, Prompt((), Rendered(tokens, ()), ()), False) for tokens in prompts]
+        return self._begin(caller, ask, sheets)
+
+    def _begin(self, caller: Caller, ask: Ask, sheets: Sequence[Sheet]) -> Choices:
+        """Start the replies, sheet by sheet, a few at once: a long list of prompts must not fill the engine's queue."""
         mail: Mail = asyncio.Queue()
-        made = [Reply(caller, ask, sheet, index, mail) for index in range(ask.choices)]
+        each = [sheet for sheet in sheets for _ in range(ask.choices)]
+        made = [Reply(caller, ask, sheet, index, mail) for index, sheet in enumerate(each)]
+        turns = Semaphore(_AT_ONCE)
         for reply in made:
-            self._start(reply)
+            self._start(reply, turns)
         return Choices(made, mail)
 
-    def _start(self, reply: Reply) -> None:
-        reply.task = asyncio.create_task(self._run(reply))
+    def _start(self, reply: Reply, turns: Semaphore) -> None:
+        reply.task = asyncio.create_task(self._in_turn(reply, turns))
         self.running.add(reply)
         reply.task.add_done_callback(lambda _: self._leave(reply))
 
@@ -204,7 +229,7 @@ class Chat:
             store=store,
         )
 
-    async def _personal(self, user: User, ask: Ask, voice: Voice, placement: Placement) -> prompts.Prompt:
+    async def _personal(self, user: User, ask: Ask, voice: Voice, placement: Placement) -> Prompt:
         if is_task(ask.messages):  # about the conversation that it quotes, not about the user
             return await self._compose(ask, voice)
         watermark = voice.version.watermark if voice.version else EntryId(0)
@@ -239,7 +264,7 @@ class Chat:
         retrieved: Sequence[Entry] = (),
         facts: Sequence[Fact] = (),
         states: Sequence[Fact] = (),
-    ) -> prompts.Prompt:
+    ) -> Prompt:
         limits = self._settings.prompt
         return await asyncio.to_thread(
             prompts.compose,
@@ -273,6 +298,10 @@ class Chat:
 
     # From a prompt to a recorded reply.
 
+    async def _in_turn(self, reply: Reply, turns: Semaphore) -> None:
+        async with turns:
+            await self._run(reply)
+
     async def _run(self, reply: Reply) -> None:
         """Generate and record. Only `Reply.abort` cancels this task, and never while it records."""
         failure: Exception | None = None
@@ -294,11 +323,15 @@ class Chat:
             try:
                 return await self._stream(reply)
             except AdapterError:
-                if reply.tokens or reply.version is None:
+                if reply.tokens or reply.echoed is not None or reply.version is None:
                     raise
                 await self._fall_back(reply, reply.version)
 
     async def _stream(self, reply: Reply) -> Finish:
+        if reply.ask.echo:
+            reply.echo(await self._told(reply))
+        if reply.ask.max_tokens == 0:
+            return Finish.LENGTH
         chunks = cast(AsyncGenerator[Chunk], self._generate(reply))
         async with aclosing(chunks):
             async for chunk in chunks:
@@ -309,12 +342,20 @@ class Chat:
                     return Finish(chunk.finish)
         raise EngineDown("The engine ended the reply without a reason; try again.")
 
+    async def _told(self, reply: Reply) -> list[TokenLogprob]:
+        """Log-probabilities of the prompt from its second token on, if they are wanted."""
+        tokens, top = reply.sheet.prompt.rendered.tokens, reply.ask.sampling.logprobs
+        if top is None:
+            return []
+        adapter = ref(reply.version) if reply.version else None
+        return await self._engine.tell(ScoreRequest(tokens, list(range(1, len(tokens))), adapter, top))
+
     def _generate(self, reply: Reply) -> AsyncIterator[Chunk]:
         tokens = reply.sheet.prompt.rendered.tokens
         room = min(self._context() - len(tokens), self._settings.prompt.max_reply_tokens)
         asked = reply.ask.sampling
         # Each choice has chance of its own, and the same again for the same seed.
-        seed = None if asked.seed is None else asked.seed + reply.index
+        seed = None if asked.seed is None else asked.seed + reply.index % reply.ask.choices
         sampling = replace(asked, max_tokens=min(reply.ask.max_tokens or room, room), seed=seed)
         adapter = ref(reply.version) if reply.version else None
         return self._engine.generate(GenerateRequest(tokens, sampling, adapter, reply.caller.user.id))
@@ -327,7 +368,9 @@ class Chat:
         if sheet.voice.name not in ("persona", "me"):
             raise NotFound(UNKNOWN_MODEL, code="model_not_found", param="model")
         voice = Voice(sheet.voice.name, sheet.voice.system, self._awake(previous), personal=True)
-        assert sheet.placement is not None  # only personal voices have a version
+        if sheet.placement is None:  # raw text: the same prompt for every version
+            reply.sheet = Sheet(voice, None, sheet.prompt, recorded=False)
+            return
         prompt = await self._personal(user, reply.ask, voice, sheet.placement)
         reply.sheet = Sheet(voice, sheet.placement, prompt, sheet.recorded)
 

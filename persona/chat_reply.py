@@ -27,6 +27,7 @@ class Ask:
     store: bool = True
     conversation: str | None = None
     tools: bool = False  # the reply may call tools
+    echo: bool = False  # the prompt stands before the reply, and is told of like it
     choices: int = 1
 
 
@@ -52,7 +53,7 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a reply, text and calls of tools; the last one has its finish.
+    """A piece of a reply, text and calls of tools; the last one has its finish, one for an echo stands for the prompt.
 
     `logprobs`: of the tokens whose text begins in it, if they were asked for.
     """
@@ -61,6 +62,7 @@ class Piece:
     finish: Finish | None = None
     calls: tuple[Call, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    echo: bool = False
 
 
 class Reply:
@@ -80,6 +82,7 @@ class Reply:
         self.first: float | None = None  # time of the event loop at the first token
         self.calls: list[Call] = []
         self.logprobs: list[TokenLogprob] = []
+        self.echoed: list[TokenLogprob] | None = None  # of the prompt, from its second token on; None until it is told
         self.finish: Finish | None = None
         self.turn: EntryId | None = None
         self.task: asyncio.Task[None] | None = None
@@ -116,6 +119,11 @@ class Reply:
         if self.task is not None and not self.settled:
             self.settled = True
             self.task.cancel()
+
+    def echo(self, told: list[TokenLogprob]) -> None:
+        """The prompt stands before the reply; `told` may be empty."""
+        self.echoed = told
+        self._mail.put_nowait((self, Piece("", logprobs=tuple(told), echo=True)))
 
     def hear(self, chunk: Chunk) -> None:
         self.tokens = max(self.tokens, chunk.tokens)

@@ -203,6 +203,11 @@ class ChatTokenizer(Protocol):
         """Tokens of plain text: what looks like a special token stays text."""
         ...
 
+    def raw(self, text: str) -> tuple[list[int], int]:
+        """Tokens of a text that is a whole prompt: special tokens in it are meant, and those that the base begins
+        with stand in front. Also how many these are."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str: ...
 
     def piece(self, token: int) -> bytes:

@@ -1,7 +1,6 @@
 """POST /v1/chat/completions: a reply, or several choices of one, whole or as a stream.
 
-Until the first piece has come, or the first silence was too long, a failure is still a status code. However the
-handler ends, the replies end with it: a client that leaves frees the engine within a step.
+However the handler ends, the replies end with it: a client that leaves frees the engine within a step.
 """
 
 import secrets
@@ -10,11 +9,9 @@ from typing import Any
 from aiohttp import web
 
 from persona import chat_openai
-from persona.api import bodies, errors, views
+from persona.api import bodies, streaming, views
 from persona.api.services import Services, caller, services
-from persona.api.sse import EventStream
 from persona.chat_reply import Choices, Piece, Reply, about
-from persona.errors import PersonaError
 from persona.wire import dumps
 
 
@@ -26,7 +23,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
     choices.on_end(deps.metrics.reply)
     try:
         if body.stream:
-            return await _stream(request, choices, usage=body.usage_wanted)
+            return await streaming.stream(request, choices, _Chunks(deps, choices, body.usage_wanted))
         return await _whole(request, choices)
     finally:
         choices.abort()
@@ -40,53 +37,14 @@ async def _whole(request: web.Request, choices: Choices) -> web.Response:
     return web.json_response(answer, headers=views.reply_headers(choices.first), dumps=dumps)
 
 
-async def _stream(request: web.Request, choices: Choices, *, usage: bool) -> web.StreamResponse:
-    deps = services(request)
-    http = deps.settings.http
-    first = await choices.next(http.ping_seconds)
-    events = EventStream(request, views.reply_headers(choices.first), http.write_seconds)
-    events.response.headers["x-request-id"] = request[errors.REQUEST_ID]
-    await events.open()
-    try:
-        await _events(events, choices, first, _Chunks(deps, choices, usage), http.ping_seconds)
-    except PersonaError as error:
-        await events.send(chat_openai.error_body(error))
-        await events.close()
-    except ConnectionError:
-        raise
-    except Exception as error:
-        await events.send(chat_openai.error_body(errors.unexpected(request, error)))
-        await events.close()
-    return events.response
-
-
-async def _events(
-    events: EventStream,
-    choices: Choices,
-    heard: tuple[Reply, Piece] | None,
-    chunks: "_Chunks",
-    silence: float,
-) -> None:
-    while heard is None:
-        await events.ping()
-        heard = await choices.next(silence)
-    for chunk in chunks.begin():
-        await events.send(chunk)
-    while not choices.ended:
-        await (events.ping() if heard is None else events.send(chunks.of(*heard)))
-        heard = await choices.next(silence)
-    assert heard is not None
-    await events.send(chunks.of(*heard))
-    if chunks.usage:
-        await events.send(chunks.last())
-    await events.done()
-
-
 class _Chunks:
-    """The chunks of one streamed answer: constant id and time; the version is certain at the first piece."""
+    """The chunks of one streamed answer: implements streaming.Chunks.
+
+    Id and time are constant; the version is certain at the first piece.
+    """
 
     def __init__(self, deps: Services, choices: Choices, usage: bool) -> None:
-        self.usage = usage
+        self._usage = usage
         self._deps = deps
         self._choices = choices
         self._head: dict[str, Any] = {}
@@ -106,12 +64,14 @@ class _Chunks:
             "persona": about(reply),
         }
 
-    def last(self) -> dict[str, Any]:
+    def last(self) -> dict[str, Any] | None:
+        if not self._usage:
+            return None
         usage = chat_openai.usage(self._choices.replies)
         return {**chat_openai.chunk(self._head, {}), "choices": [], "usage": usage}
 
     def _marked(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        return {**chunk, "usage": None} if self.usage else chunk
+        return {**chunk, "usage": None} if self._usage else chunk
 
 
 def _head(deps: Services, reply: Reply) -> dict[str, Any]:

@@ -72,7 +72,8 @@ class _Scoring:
 
     sequence: Sequence
     adapter: Resident | None
-    found: list[float]
+    found: list[TokenLogprob]
+    told: bool  # with alternatives
 
 
 class EngineLoop:
@@ -195,7 +196,8 @@ class EngineLoop:
         _check_targets(request)
         sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
         sequence.targets, sequence.background = tuple(request.targets), True
-        self._jobs[job] = _Scoring(sequence, self._resident(request.adapter), [])
+        sequence.top = request.top or 0
+        self._jobs[job] = _Scoring(sequence, self._resident(request.adapter), [], request.top is not None)
         self._scheduler.add(sequence)
 
     def _score_all(self, job: int, requests: list[protocol.ScoreRequest]) -> None:
@@ -288,13 +290,13 @@ class EngineLoop:
             else:
                 self._finish(sequence.id, "error", "The adapter of this request computes values that are not finite.")
 
-    def _collect(self, sequence: Sequence, found: list[float]) -> None:
+    def _collect(self, sequence: Sequence, found: list[TokenLogprob]) -> None:
         job = self._jobs[sequence.id]
         assert isinstance(job, _Scoring)
         job.found += found
         if not sequence.prefilling:
             self._remove(sequence.id)
-            self._send(Scores(sequence.id, job.found))
+            self._send(Scores(sequence.id, [one.logprob for one in job.found], job.found if job.told else []))
 
     def _extend(self, job: int, token: int, told: TokenLogprob | None) -> None:
         generation = self._jobs[job]

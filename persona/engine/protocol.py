@@ -78,6 +78,7 @@ class ScoreRequest(msgspec.Struct, frozen=True):
     tokens: list[int]
     targets: list[int]
     adapter: AdapterRef | None = None
+    top: int | None = None  # how many alternatives are told with each; None: nothing but the numbers
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -222,6 +223,7 @@ class Piece(Answer, tag="piece", frozen=True):
 
 class Scores(Answer, tag="scores", frozen=True):
     logprobs: list[float]
+    told: list[TokenLogprob] = []  # if `top` was given
 
 
 class AllScores(Answer, tag="all_scores", frozen=True):

@@ -23,6 +23,7 @@ class Sequence:
     limit: int  # tokens it may grow to
     adapter: AdapterRef | None = None
     targets: tuple[int, ...] = ()  # positions to score; empty for chat
+    top: int = 0  # alternatives that are told with each of them
     background: bool = False
     computed: int = 0
     pages: list[int] = field(default_factory=list)

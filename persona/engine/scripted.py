@@ -92,6 +92,10 @@ class ScriptedEngine:
         await asyncio.sleep(0)
         return self._score(request) if self._score else [-1.0] * len(request.targets)
 
+    async def tell(self, request: ScoreRequest) -> list[TokenLogprob]:
+        found = zip(request.targets, await self.score(request), strict=True)
+        return [_alternatives(request.tokens[target], value, request.top or 0) for target, value in found]
+
     async def score_all(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         return [await self.score(request) for request in requests]
 
@@ -167,11 +171,13 @@ class ScriptedEngine:
 
 
 def _told(word: str, top: int | None) -> list[TokenLogprob]:
-    """A word is told as its first byte, with −1; the tokens after it follow with −2, −3, …"""
-    if top is None:
-        return []
-    token = word.encode()[0]
-    return [TokenLogprob(token, -1.0, [(token + place, -1.0 - place) for place in range(top)])]
+    """A word is told as its first byte, with −1."""
+    return [] if top is None else [_alternatives(word.encode()[0], -1.0, top)]
+
+
+def _alternatives(token: int, logprob: float, top: int) -> TokenLogprob:
+    """The tokens with the next numbers follow, each less likely by 1."""
+    return TokenLogprob(token, logprob, [(token + place, logprob - place) for place in range(top)])
 
 
 def _taken_up(request: TrainRequest) -> int:
@@ -202,6 +208,9 @@ class ScriptedText:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def raw(self, text: str) -> tuple[list[int], int]:
+        return self.encode(text), 0
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")

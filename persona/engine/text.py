@@ -75,6 +75,10 @@ class Text:
         ids: list[int] = self._plain.encode(text.translate(_FORBIDDEN), add_special_tokens=False).ids
         return ids
 
+    def raw(self, text: str) -> tuple[list[int], int]:
+        begin: list[int] = self._marked.encode("", add_special_tokens=True).ids
+        return [*begin, *self._marked.encode(text, add_special_tokens=False).ids], len(begin)
+
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._plain.decode(list(tokens), skip_special_tokens=True))
 

@@ -13,7 +13,7 @@ from workbench import Bench
 
 from persona.engine import logprobs
 from persona.engine.logprobs import Margin
-from persona.engine.protocol import Piece, TokenLogprob
+from persona.engine.protocol import Piece, Scores, TokenLogprob
 
 CLOSE = 0.05  # batched products round differently in bf16
 
@@ -107,6 +107,34 @@ def test_a_margin_gives_every_token_once_and_with_its_first_character(sizes: lis
         assert given_out == [place for place, begin in enumerate(begins) if begin < shown]
     assert given_out + [one.token for one in margin.rest()] == list(range(len(sizes)))
     assert margin.rest() == []
+
+
+@pytest.mark.parametrize("length", [2, 63, 64, 65, 150])
+def test_a_scored_prompt_position_is_what_the_plain_model_says(bench: Bench, length: int) -> None:
+    tokens = some_tokens(length)
+    job = bench.tell(tokens, 5)
+    bench.finish()
+    (answer,) = bench.answers[job]
+    assert isinstance(answer, Scores)
+    whole = logits(bench.decoder, tokens).log_softmax(-1)[:-1]
+    assert [one.token for one in answer.told] == tokens[1:]
+    assert [one.logprob for one in answer.told] == answer.logprobs
+    wanted = whole[range(length - 1), tokens[1:]]
+    off = (torch.tensor(answer.logprobs) - wanted).abs()
+    assert off.mean() < CLOSE
+    assert off.max() < 4 * CLOSE
+    top = torch.tensor([[value for _, value in one.top] for one in answer.told])
+    assert (top - whole.topk(5).values).abs().mean() < CLOSE
+
+
+def test_a_reply_scored_as_a_prompt_gets_the_numbers_that_it_had(bench: Bench) -> None:
+    prompt = some_tokens(20)
+    job = bench.generate(prompt, count=12, logprobs=0)
+    bench.finish()
+    said = told(bench, job)
+    again = bench.score(prompt + [one.token for one in said], targets=list(range(20, 32)))
+    bench.finish()
+    assert bench.scores(again) == pytest.approx([one.logprob for one in said], abs=CLOSE)
 
 
 def test_more_alternatives_than_tokens_are_all_tokens() -> None:

@@ -98,6 +98,10 @@ class Bench:
         wanted = list(range(1, len(tokens))) if targets is None else targets
         return self.ask(lambda job: protocol.Score(job, protocol.ScoreRequest(tokens, wanted, adapter)))
 
+    def tell(self, tokens: list[int], top: int, adapter: AdapterRef | None = None) -> int:
+        request = protocol.ScoreRequest(tokens, list(range(1, len(tokens))), adapter, top)
+        return self.ask(lambda job: protocol.Score(job, request))
+
     def score_all(self, requests: list[protocol.ScoreRequest]) -> int:
         return self.ask(lambda job: protocol.ScoreAll(job, requests))
 
