@@ -16,6 +16,7 @@ import structlog
 
 from persona import frames
 from persona import prompt as prompts
+from persona.chat_format import Schemas
 from persona.chat_reply import Ask, Choices, Mail, Reply, Sheet, Voice
 from persona.chat_sampling import Limits
 from persona.domain import (
@@ -91,6 +92,7 @@ class Chat:
         self.base = base
         self.running: set[Reply] = set()
         self.disk_full = False  # the last write found no space
+        self._schemas = Schemas()
         self._closing = False
 
     @property
@@ -109,10 +111,12 @@ class Chat:
     async def replies(self, caller: Caller, ask: Ask) -> Choices:
         """Store the user's turn, compose the prompt and start to generate.
 
-        Raises NotFound for a model that the caller does not have, TooLarge for a conversation that does not fit.
+        Raises NotFound for a model that the caller does not have, TooLarge for a conversation that does not fit,
+        RequestError for a schema that cannot be followed.
         """
         if self._closing:
             raise Busy("The service is stopping; try again in a moment.", retry_after=5)
+        await self._schemas.check(ask.sampling.grammar)
         sheet = await self._sheet(caller, ask, store=True)
         return self._begin(caller, ask, [sheet])
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import msgspec
 
-from persona import chat_sampling, chat_tools
+from persona import chat_format, chat_sampling, chat_tools
 from persona.chat import UNKNOWN_MODEL, require_question
 from persona.chat_reply import Ask, Reply, about
 from persona.chat_sampling import Limits, Names, Wishes
 from persona.chat_tools import Call, Tool
 from persona.domain import Finish, Message, Role
+from persona.engine.protocol import replace
 from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
 TAG = ":latest"  # what Ollama's clients append to a name that has no tag
@@ -24,7 +25,7 @@ MAX_MODEL_CHARS = 64
 _ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, "tool": Role.TOOL}
 _NOTHING = "(no output)"  # a tool may give back nothing, but the model shall see that it ran
 # What may stand in a field that we do not serve: any of these means "not asked for".
-_HARMLESS: dict[str, tuple[Any, ...]] = {"format": ("",), "logprobs": (False,), "top_logprobs": (0,)}
+_HARMLESS: dict[str, tuple[Any, ...]] = {"logprobs": (False,), "top_logprobs": (0,)}
 _HARMLESS_OPTIONS: dict[str, tuple[Any, ...]] = {"mirostat": (0,)}
 _NAMES = Names("options.", {"repetition_penalty": "repeat_penalty"})
 _FINISH = {Finish.STOP: "stop"}
@@ -114,10 +115,13 @@ def understand(wire: Question, limits: Limits) -> Ask:
     options = wire.options or Options()
     _refuse_unserved(wire, _HARMLESS, "")
     _refuse_unserved(options, _HARMLESS_OPTIONS, "options.")
+    grammar = chat_format.of_ollama(wire.format)
+    if grammar and wire.tools:
+        raise _unsupported("A reply of a format cannot call tools: send format or tools.", "format")
     ask = Ask(
         model=plain(wire.model),
         messages=(*_told(wire.tools or []), *_messages(wire.messages)),
-        sampling=chat_sampling.sampling(options.wishes, limits, _NAMES),
+        sampling=replace(chat_sampling.sampling(options.wishes, limits, _NAMES), grammar=grammar),
         max_tokens=_max_tokens(options.num_predict, limits.reply),
         tools=bool(wire.tools),
     )

@@ -9,12 +9,12 @@ from typing import Any
 
 import msgspec
 
-from persona import chat_sampling
+from persona import chat_format, chat_sampling
 from persona.chat import UNKNOWN_MODEL, require_question
 from persona.chat_reply import Ask, Reply, about
 from persona.chat_sampling import Limits, Wishes
 from persona.domain import Finish, Message, Role
-from persona.engine.protocol import TokenLogprob, replace
+from persona.engine.protocol import Sampling, TokenLogprob, replace
 from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
 MAX_MESSAGES = 4096
@@ -35,7 +35,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
@@ -89,7 +88,7 @@ def understand(wire: Completion, limits: Limits) -> Ask:
     ask = Ask(
         model=wire.model,
         messages=_messages(wire.messages),
-        sampling=replace(chat_sampling.sampling(wire, limits), logprobs=_logprobs(wire)),
+        sampling=_sampling(wire, limits),
         max_tokens=_max_tokens(wire, limits.reply),
         choices=chat_sampling.choices(wire.n),
         store=wire.store is not False,
@@ -217,6 +216,11 @@ def _max_tokens(wire: Completion, most: int) -> int | None:
     if wire.max_completion_tokens is not None:
         return chat_sampling.max_tokens("max_completion_tokens", wire.max_completion_tokens, most)
     return chat_sampling.max_tokens("max_tokens", wire.max_tokens, most)
+
+
+def _sampling(wire: Completion, limits: Limits) -> Sampling:
+    grammar = chat_format.of_openai(wire.response_format)
+    return replace(chat_sampling.sampling(wire, limits), logprobs=_logprobs(wire), grammar=grammar)
 
 
 def _logprobs(wire: Completion) -> int | None:

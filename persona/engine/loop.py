@@ -8,13 +8,16 @@ Nothing here blocks, and nothing that fails in one request or in training reache
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent import futures
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import structlog
 import torch
 
 from persona.engine import logprobs, protocol, sampler
+from persona.engine.grammar import Grammar, Grammars
 from persona.engine.logprobs import Margin
 from persona.engine.lora import Resident
 from persona.engine.protocol import (
@@ -38,6 +41,7 @@ from persona.engine.tiers import Tiers
 from persona.errors import Busy, PersonaError, RequestError, StorageFull, TooLarge, TrainingFailed
 
 SHARE = 0.09  # of busy time that training may take: gaps between tokens may grow by a tenth
+PATIENCE = 0.005  # seconds that an idle loop waits for a grammar before it looks for messages
 SCORING = 1.0  # the same for scoring, which is short: a new version waits for its gate
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
@@ -90,11 +94,14 @@ class EngineLoop:
         score: ScoreSlices,
         about: Base,
         eos: frozenset[int],
+        grammars: Grammars,
         send: Callable[[Reply], None],
     ) -> None:
         self._scheduler, self._runner, self._tiers = scheduler, runner, tiers
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
         self._jobs: dict[int, _Generation | _Scoring] = {}
+        self._grammars = grammars
+        self._compiling: dict[int, tuple[futures.Future[Grammar], Sequence, protocol.GenerateRequest]] = {}
         self._training: tuple[int, Iterator[Progress | None]] | None = None
         self._score_slices = score
         self._scorings: deque[tuple[int, Generator[None, None, list[list[float]]]]] = deque()  # before any training
@@ -105,23 +112,29 @@ class EngineLoop:
     @property
     def idle(self) -> bool:
         """Nothing to do until the next message."""
-        return self._scheduler.idle and not self._sliced
+        return self._scheduler.idle and not self._sliced and not self._compiling
 
     def handle(self, request: Request) -> None:
         """Take one request in; answers go to `send`, now or later."""
+        self._guarded(request.id, lambda: self._dispatch(request))
+
+    def _guarded(self, job: int, do: Callable[[], None]) -> None:
+        """Whatever fails on the way in ends this request alone."""
         try:
-            self._dispatch(request)
+            do()
         except PersonaError as error:
-            self._fail(request.id, error)
+            self._fail(job, error)
         except (
             RuntimeError,
             MemoryError,
         ) as error:  # an adapter that does not fit: only this request ends
             log.error("request failed", kind=type(error).__name__)
-            self._fail(request.id, Busy("There is no memory for this request; try again later.", retry_after=10))
+            self._fail(job, Busy("There is no memory for this request; try again later.", retry_after=10))
 
     def work(self) -> None:
         """One step of serving, then a slice of training if serving leaves time for it."""
+        if self._compiling:
+            self._admit_compiled()
         plan = self._scheduler.plan()
         if plan:
             started = time.perf_counter()
@@ -179,10 +192,30 @@ class EngineLoop:
         if any(not 0 <= token < self._about().vocab for token, _ in request.sampling.logit_bias):
             raise RequestError("logit_bias names a token that the model does not have.", param="logit_bias")
         sequence = self._sequence(job, request.tokens, limit, request.adapter)
-        self._jobs[job] = _Generation(
+        if not request.sampling.grammar:
+            self._admit(sequence, request)
+        else:
+            self._compiling[job] = self._grammars.compile(request.sampling.grammar), sequence, request
+
+    def _admit_compiled(self) -> None:
+        """Let those in whose grammar is ready; with nothing else to do wait for one for a moment."""
+        if self._scheduler.idle and not self._sliced:
+            futures.wait([one for one, _, _ in self._compiling.values()], PATIENCE, futures.FIRST_COMPLETED)
+        for job, (grammar, sequence, request) in list(self._compiling.items()):
+            if grammar.done():
+                del self._compiling[job]
+                self._guarded(job, partial(self._admit_result, sequence, request, grammar))
+
+    def _admit_result(
+        self, sequence: Sequence, request: protocol.GenerateRequest, grammar: futures.Future[Grammar]
+    ) -> None:
+        self._admit(sequence, request, grammar.result())
+
+    def _admit(self, sequence: Sequence, request: protocol.GenerateRequest, grammar: Grammar | None = None) -> None:
+        self._jobs[sequence.id] = _Generation(
             sequence,
             self._resident(request.adapter),
-            Sampler(request.sampling, request.tokens),
+            Sampler(request.sampling, request.tokens, grammar),
             Detokenizer(self._text),
             Stops(request.sampling.stop),
             Margin(),
@@ -236,6 +269,9 @@ class EngineLoop:
     def _abort(self, job: int) -> None:
         if job in self._jobs:
             self._finish(job, "abort")
+        elif job in self._compiling:
+            self._compiling.pop(job)[0].cancel()
+            self._send(Piece(job, Chunk("", 0, "abort")))
         elif mine := [scoring for scoring in self._scorings if scoring[0] == job]:
             self._scorings.remove(mine[0])
             self._fail(job, Busy("The scoring was aborted."))
@@ -301,6 +337,10 @@ class EngineLoop:
     def _extend(self, job: int, token: int, told: TokenLogprob | None) -> None:
         generation = self._jobs[job]
         assert isinstance(generation, _Generation)
+        grammar = generation.sampler.grammar
+        if grammar is not None and grammar.lost:
+            self._finish(job, "error", "The schema became too complex on the way; make it simpler.")
+            return
         generation.generated += 1
         self._tokens += 1
         if token in self._eos:
@@ -311,6 +351,8 @@ class EngineLoop:
         generation.margin.add(told, len(written))
         shown, stopped = generation.stops.feed(written)
         if stopped:
+            self._finish(job, "stop", shown=shown, cut=True)
+        elif grammar is not None and grammar.ended:
             self._finish(job, "stop", shown=shown)
         elif len(generation.sequence.tokens) >= generation.sequence.limit:
             self._finish(job, "length", shown=shown)
@@ -318,13 +360,13 @@ class EngineLoop:
             beside = generation.margin.show(len(shown))
             self._send(Piece(job, Chunk(shown, generation.generated, logprobs=beside)))
 
-    def _finish(self, job: int, finish: str, error: str | None = None, shown: str | None = None) -> None:
-        """End a job with its last answer. `shown` given means that a stop string or the limit ended the text."""
+    def _finish(self, job: int, finish: str, error: str | None = None, shown: str = "", *, cut: bool = False) -> None:
+        """End a job with its last answer. `shown`: the last text that is certain; a stop string has `cut` the rest."""
         ended = self._remove(job)
         if isinstance(ended, _Scoring):
             self._fail(job, Busy(error or "The scoring was aborted."))
             return
-        text, stopped = shown or "", finish == "stop" and shown is not None
+        text, stopped = shown, cut
         if not stopped:
             tail, stopped = ended.stops.feed(ended.words.flush())
             text += tail if stopped else tail + ended.stops.flush()

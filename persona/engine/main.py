@@ -21,6 +21,7 @@ from persona.engine import adapter_file, branches, decoder, lora, protocol, weig
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
 from persona.engine.device import Form
+from persona.engine.grammar import Grammars
 from persona.engine.loop import EngineLoop
 from persona.engine.pages import PagePool
 from persona.engine.protocol import Health, Progress, TrainRequest
@@ -87,6 +88,9 @@ def build(options: Options, send: "Outbox") -> EngineLoop:
         score=lambda wanted: branches.scores(base, wanted, options.prefill_tokens),
         about=lambda: protocol.replace(health, memory=_memory_used(base.device)),
         eos=frozenset(base.shape.eos),
+        grammars=Grammars(
+            (folder / "tokenizer.json").read_text(encoding="utf-8"), base.shape.vocab, frozenset(base.shape.eos)
+        ),
         send=send,
     )
 

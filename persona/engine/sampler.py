@@ -1,9 +1,9 @@
 """From logits to the next token, for all rows of a step at once.
 
 A row that wants the likeliest token and nothing else costs its share of one argmax. The others are computed together,
-each by its own numbers: penalties and biases touch the tokens that they name, then come temperature, min-p, top-k and
-the nucleus, in vLLM's order. Chance comes from a generator of the row's own, so a seeded reply does not depend on who
-else is in the batch.
+each by its own numbers: penalties and biases touch the tokens that they name, a grammar rules tokens out, then come
+temperature, min-p, top-k and the nucleus, in vLLM's order. Chance comes from a generator of the row's own, so a seeded
+reply does not depend on who else is in the batch.
 """
 
 import random
@@ -14,6 +14,7 @@ from itertools import repeat
 import numpy as np
 import torch
 
+from persona.engine.grammar import Grammar
 from persona.engine.protocol import Sampling
 
 COLDEST = 1e-5  # temperatures up to here are greedy: dividing by them would overflow
@@ -21,10 +22,11 @@ HOTTEST = 1e30  # and from here on all alike; an infinite one would make NaN of 
 
 
 class Sampler:
-    """Draws for one sequence, whose prompt is `prompt`."""
+    """Draws for one sequence, whose prompt is `prompt` and whose reply is held to `grammar`."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), grammar: Grammar | None = None) -> None:
         self.sampling = sampling
+        self.grammar = grammar
         self._random = random.Random(None if sampling.seed is None else sampling.seed % (1 << 64))  # None: any
         self.greedy = not (sampling.temperature > COLDEST and sampling.top_p > 0)
         self.narrow = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
@@ -38,6 +40,8 @@ class Sampler:
         """The sequence goes on with `token`."""
         if self.tally is not None:
             self.tally.add(token)
+        if self.grammar is not None:
+            self.grammar.took(token)
 
 
 class Tally:
@@ -69,9 +73,10 @@ class Tally:
 
 
 def draw(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
-    """logits: [rows, vocab] → one token a row. Logits of rows with penalties or biases are changed in place."""
+    """logits: [rows, vocab] → one token a row. Logits of rows that ask for more are changed in place."""
     _penalise(logits, [(row, one) for row, one in enumerate(samplers) if one.tally is not None])
     _bias(logits, [(row, one) for row, one in enumerate(samplers) if one.sampling.logit_bias])
+    _constrain(logits, [(row, one.grammar) for row, one in enumerate(samplers) if one.grammar is not None])
     tokens = [int(token) for token in logits.argmax(-1).tolist()]
     for narrow in (False, True):
         rows = [row for row, one in enumerate(samplers) if not one.greedy and one.narrow is narrow]
@@ -139,6 +144,18 @@ def _bias(logits: torch.Tensor, rows: list[tuple[int, Sampler]]) -> None:
     places = _Places.of([row for row, _ in rows], tokens, logits.device)
     added = places.on_device(np.array([value for pairs in biases for _, value in pairs], np.float32))
     logits.index_put_(places.index, added.to(logits.dtype), accumulate=True)
+
+
+def _constrain(logits: torch.Tensor, rows: list[tuple[int, Grammar]]) -> None:
+    """Rule out what a row's grammar does not allow. One that allows nothing is lost, and its reply ends after this."""
+    if not rows:
+        return
+    bits = np.stack([np.frombuffer(grammar.allowed(), np.uint8) for _, grammar in rows])
+    bits[~bits.any(axis=1)] = 0xFF
+    allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+    index = torch.tensor([row for row, _ in rows], device=logits.device)
+    ruled_out = torch.from_numpy(~allowed).to(logits.device)
+    logits[index] = logits[index].masked_fill(ruled_out, -torch.inf)
 
 
 def _from_all(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:

@@ -114,7 +114,7 @@ async def test_threat_16_deep_nesting_is_refused(live: Live, body: bytes) -> Non
         ({"top_k": 1 << 63}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
         ({"min_p": -0.5}, "min_p"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"modalities": ["audio"]}, "modalities"),

@@ -241,8 +241,10 @@ async def test_what_is_no_thought_before_an_answer_is_not_lost(start: Start, tex
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"format": "json"}, "format"),
-        ({"format": {"type": "object"}}, "format"),
+        ({"format": "xml"}, "format"),
+        ({"format": 5}, "format"),
+        ({"format": {"type": "strin"}}, "type is not one"),
+        ({"format": "json", "tools": [LAMP]}, "format or tools"),
         ({"logprobs": True}, "logprobs"),
         ({"options": {"mirostat": 1}}, "options.mirostat"),
         ({"options": {"presence_penalty": 2.5}}, "options.presence_penalty"),

@@ -1,6 +1,7 @@
 """The engine's loop in this process, on a tiny model: requests in, answers in lists, steps by hand."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from models import Models
 from jobs.trainer import Trainer
 from persona.engine import adapter_file, branches, lora, protocol
 from persona.engine.attention import KvCache
+from persona.engine.grammar import Grammars
 from persona.engine.loop import EngineLoop
 from persona.engine.pages import PagePool
 from persona.engine.protocol import (
@@ -73,6 +75,7 @@ class Bench:
             score=lambda wanted: branches.scores(self.decoder, wanted, prefill),
             about=lambda: health,
             eos=frozenset(),
+            grammars=grammars(self.prepared.folder, self.shape.vocab),
             send=lambda reply: self.answers.setdefault(reply.id, []).append(reply),
         )
         self._job = 0
@@ -155,6 +158,11 @@ class Bench:
         job = self.generate(tokens, adapter, count, **options)
         self.finish()
         return self.text(job)
+
+
+@lru_cache
+def grammars(folder: Path, vocab: int) -> Grammars:
+    return Grammars((folder / "tokenizer.json").read_text(encoding="utf-8"), vocab, frozenset({0}))
 
 
 def projections(bench: Bench) -> list[Projection]:
