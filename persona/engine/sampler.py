@@ -18,6 +18,7 @@ from persona.engine.grammar import Grammar
 from persona.engine.protocol import Sampling
 
 COLDEST = 1e-5  # temperatures up to here are greedy: dividing by them would overflow
+FIRST = 1024  # tokens that a row which narrows its draw looks at first
 HOTTEST = 1e30  # and from here on all alike; an infinite one would make NaN of a token that is ruled out
 
 
@@ -167,16 +168,51 @@ def _from_all(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
 def _from_the_likeliest(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
     """logits: [rows, vocab] → a token each, from what min-p, top-k and the nucleus (Holtzman et al. 2020) leave.
 
-    All three keep a beginning of the tokens in order of probability. The nucleus is that of what the others left.
+    All three keep a beginning of the tokens in order of probability, mostly a short one. Only a row whose beginning is
+    longer than FIRST has its whole vocabulary sorted, which depends on this row alone.
+    """
+    probabilities = _tempered(logits, samplers)
+    whole = probabilities.sum(-1, keepdim=True, dtype=torch.float64)
+    ordered, tokens = probabilities.topk(min(FIRST, probabilities.shape[1]))
+    short = _is_short(ordered, whole, samplers)
+    found = [0] * len(samplers)
+    for rows in ([row for row, one in enumerate(short) if one], [row for row, one in enumerate(short) if not one]):
+        if not rows:
+            continue
+        some = (ordered[rows], tokens[rows])
+        if not short[rows[0]]:
+            some = probabilities[rows].sort(descending=True, stable=True)
+        for row, token in zip(rows, _narrowed(*some, whole[rows], [samplers[row] for row in rows]), strict=True):
+            found[row] = token
+    return found
+
+
+def _is_short(ordered: torch.Tensor, whole: torch.Tensor, samplers: list[Sampler]) -> list[bool]:
+    """ordered: [rows, n], the likeliest · whole: [rows, 1] → [rows], whether a row keeps none beyond these."""
+    asked = [one.sampling for one in samplers]
+    by_min_p = ordered[:, -1:] < ordered[:, :1] * _column([s.min_p for s in asked], ordered)
+    nucleus = ordered.sum(-1, keepdim=True, dtype=torch.float64) >= whole * _column([s.top_p for s in asked], whole)
+    sure = zip(by_min_p.flatten().tolist(), nucleus.flatten().tolist(), samplers, strict=True)
+    return [a or 0 < one.sampling.top_k <= FIRST or (b and _by_nucleus_alone(one)) for a, b, one in sure]
+
+
+def _by_nucleus_alone(one: Sampler) -> bool:
+    return one.sampling.top_k <= 0 and one.sampling.min_p <= 0
+
+
+def _narrowed(ordered: torch.Tensor, tokens: torch.Tensor, whole: torch.Tensor, samplers: list[Sampler]) -> list[int]:
+    """ordered, tokens: [rows, n], the likeliest first · whole: [rows, 1] → a token each.
+
+    The nucleus is that of what min-p and top-k left.
     """
     asked = [one.sampling for one in samplers]
-    ordered, tokens = _tempered(logits, samplers).sort(descending=True, stable=True)
     ordered[ordered < ordered[:, :1] * _column([s.min_p for s in asked], ordered)] = 0
     ranks = torch.arange(ordered.shape[1], device=ordered.device)
     ordered[ranks >= _column([s.top_k if s.top_k > 0 else len(ranks) for s in asked], ordered)] = 0
     mass = ordered.cumsum(-1, dtype=torch.float64)
     before = mass - ordered  # in front of each token: the first always stays
-    ordered[before >= mass[:, -1:] * _column([s.top_p for s in asked], mass)] = 0
+    left = torch.where(_column([_by_nucleus_alone(one) for one in samplers], mass) > 0, whole, mass[:, -1:])
+    ordered[before >= left * _column([s.top_p for s in asked], mass)] = 0
     found = _pick(ordered.cumsum(-1, dtype=torch.float64), samplers)
     return [int(token) for token in tokens.gather(1, found[:, None]).squeeze(1).tolist()]
 

@@ -106,6 +106,32 @@ def test_the_nucleus_is_that_of_what_top_k_leaves() -> None:
     assert set(draws(logits, 500, temperature=1.0, top_p=0.5, seed=1)) == {0, 1}
 
 
+@pytest.mark.parametrize("size", [sampler.FIRST - 1, sampler.FIRST, sampler.FIRST + 1, 3 * sampler.FIRST])
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"top_p": 0.2},
+        {"top_p": 0.99},
+        {"top_p": 0.5, "top_k": sampler.FIRST},
+        {"top_p": 0.5, "top_k": sampler.FIRST + 1},
+        {"min_p": 0.999},
+        {"min_p": 0.01, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_what_is_kept_may_be_short_or_long(size: int, wishes: dict[str, Any]) -> None:
+    """A nearly even distribution, whose tokens from `kept` on are never drawn."""
+    logits = torch.linspace(0.05, 0, size)
+    mass = torch.softmax(logits, -1).double()
+    mass[mass < mass[0] * wishes.get("min_p", 0.0)] = 0
+    mass[wishes.get("top_k", size) :] = 0
+    kept = int((mass.cumsum(-1) - mass < wishes.get("top_p", 1.0) * mass.sum()).logical_and(mass > 0).sum())
+    drawn = draws(logits, 400, temperature=1.0, seed=2, **wishes)
+    assert max(drawn) < kept + 2  # one more where sums round otherwise
+    assert max(drawn) > kept * 0.95 - 2
+    assert min(drawn) < kept * 0.05 + 2
+
+
 def test_narrowing_a_draw_keeps_the_proportions_of_what_is_left(logits: torch.Tensor) -> None:
     best = logits.argsort(descending=True)[:5]
     counts = Counter(draws(logits, 4000, temperature=1.0, top_k=5, seed=2))
