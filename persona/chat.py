@@ -6,6 +6,7 @@ when the reply ends, however it ends, and a reply stays on one version from its 
 
 import asyncio
 import re
+from asyncio import Semaphore
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from datetime import datetime
@@ -15,7 +16,9 @@ import structlog
 
 from persona import frames
 from persona import prompt as prompts
-from persona.chat_reply import Ask, Reply, Sheet, Voice
+from persona.chat_format import Schemas
+from persona.chat_reply import Ask, Choices, Mail, Reply, Sheet, Voice
+from persona.chat_sampling import Limits
 from persona.domain import (
     Caller,
     ChatTokenizer,
@@ -24,14 +27,16 @@ from persona.domain import (
     Fact,
     Finish,
     Message,
+    Rendered,
     Role,
     User,
     Version,
     VersionState,
 )
 from persona.engine.faces import Serving
-from persona.engine.protocol import Chunk, GenerateRequest, Sampling, ref
+from persona.engine.protocol import Chunk, GenerateRequest, ScoreRequest, TokenLogprob, ref, replace
 from persona.errors import AdapterError, Busy, EngineDown, NotFound, RequestError, StorageFull, TooLarge
+from persona.prompt import Prompt
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.events import Events
@@ -44,6 +49,7 @@ _NUMBERED = re.compile(r"persona@([1-9][0-9]{0,8})")
 _RECENT_ENTRIES = 512  # unabsorbed entries that are read at most; the token budget is far below it
 _FACTS = 500  # facts, and states, that are looked at: the newest
 _QUERY_CHARS = 2000  # of the last message that the search looks at
+_AT_ONCE = 16  # replies to one request that the engine hears of at a time
 _DEFAULT_RESERVE = 256  # tokens kept free for a reply that names no max_tokens
 
 # What chat clients ask on their own account, in the user's role: title, tags, follow-ups, search queries.
@@ -86,21 +92,63 @@ class Chat:
         self.base = base
         self.running: set[Reply] = set()
         self.disk_full = False  # the last write found no space
+        self._schemas = Schemas()
         self._closing = False
 
+    @property
+    def limits(self) -> Limits:
+        return Limits(self._settings.prompt.max_reply_tokens, self._tokenizer.vocab)
+
+    def spell(self, token: int) -> bytes:
+        """What a token stands for."""
+        return self._tokenizer.piece(token)
+
     async def reply(self, caller: Caller, ask: Ask) -> Reply:
+        """The reply to an ask that wants no more than one; as `replies`."""
+        (reply,) = (await self.replies(caller, ask)).replies
+        return reply
+
+    async def replies(self, caller: Caller, ask: Ask) -> Choices:
         """Store the user's turn, compose the prompt and start to generate.
 
-        Raises NotFound for a model that the caller does not have, TooLarge for a conversation that does not fit.
+        Raises NotFound for a model that the caller does not have, TooLarge for a conversation that does not fit,
+        RequestError for a schema that cannot be followed.
         """
         if self._closing:
             raise Busy("The service is stopping; try again in a moment.", retry_after=5)
+        await self._schemas.check(ask.sampling.grammar)
         sheet = await self._sheet(caller, ask, store=True)
-        reply = Reply(caller, ask, sheet)
-        reply.task = asyncio.create_task(self._run(reply))
+        return self._begin(caller, ask, [sheet])
+
+    async def continuations(self, caller: Caller, ask: Ask, prompts: Sequence[list[int]]) -> Choices:
+        """Go on with raw tokens, `ask.choices` times with each: no template, no history, nothing on record.
+
+        Raises NotFound for a model that the caller does not have, TooLarge for what does not fit.
+        """
+        if self._closing:
+            raise Busy("The service is stopping; try again in a moment.", retry_after=5)
+        voice = await self._voice(caller.user, ask.model)
+        longest = max(map(len, prompts)) + (ask.max_tokens or 0)
+        if longest > self._context():
+            sentence = f"Prompt and reply together are {longest} tokens; at most {self._context()} fit."
+            raise TooLarge(sentence, code="context_length_exceeded", param="prompt")
+        sheets = [Sheet(voice, None, Prompt((), Rendered(tokens, ()), ()), False) for tokens in prompts]
+        return self._begin(caller, ask, sheets)
+
+    def _begin(self, caller: Caller, ask: Ask, sheets: Sequence[Sheet]) -> Choices:
+        """Start the replies, sheet by sheet, a few at once: a long list of prompts must not fill the engine's queue."""
+        mail: Mail = asyncio.Queue()
+        each = [sheet for sheet in sheets for _ in range(ask.choices)]
+        made = [Reply(caller, ask, sheet, index, mail) for index, sheet in enumerate(each)]
+        turns = Semaphore(_AT_ONCE)
+        for reply in made:
+            self._start(reply, turns)
+        return Choices(made, mail)
+
+    def _start(self, reply: Reply, turns: Semaphore) -> None:
+        reply.task = asyncio.create_task(self._in_turn(reply, turns))
         self.running.add(reply)
         reply.task.add_done_callback(lambda _: self._leave(reply))
-        return reply
 
     async def why(self, caller: Caller, ask: Ask) -> Sheet:
         """What a reply to `ask` would be made of; stores and generates nothing."""
@@ -185,7 +233,7 @@ class Chat:
             store=store,
         )
 
-    async def _personal(self, user: User, ask: Ask, voice: Voice, placement: Placement) -> prompts.Prompt:
+    async def _personal(self, user: User, ask: Ask, voice: Voice, placement: Placement) -> Prompt:
         if is_task(ask.messages):  # about the conversation that it quotes, not about the user
             return await self._compose(ask, voice)
         watermark = voice.version.watermark if voice.version else EntryId(0)
@@ -220,7 +268,7 @@ class Chat:
         retrieved: Sequence[Entry] = (),
         facts: Sequence[Fact] = (),
         states: Sequence[Fact] = (),
-    ) -> prompts.Prompt:
+    ) -> Prompt:
         limits = self._settings.prompt
         return await asyncio.to_thread(
             prompts.compose,
@@ -254,6 +302,10 @@ class Chat:
 
     # From a prompt to a recorded reply.
 
+    async def _in_turn(self, reply: Reply, turns: Semaphore) -> None:
+        async with turns:
+            await self._run(reply)
+
     async def _run(self, reply: Reply) -> None:
         """Generate and record. Only `Reply.abort` cancels this task, and never while it records."""
         failure: Exception | None = None
@@ -275,11 +327,15 @@ class Chat:
             try:
                 return await self._stream(reply)
             except AdapterError:
-                if reply.tokens or reply.version is None:
+                if reply.tokens or reply.echoed is not None or reply.version is None:
                     raise
                 await self._fall_back(reply, reply.version)
 
     async def _stream(self, reply: Reply) -> Finish:
+        if reply.ask.echo:
+            reply.echo(await self._told(reply))
+        if reply.ask.max_tokens == 0:
+            return Finish.LENGTH
         chunks = cast(AsyncGenerator[Chunk], self._generate(reply))
         async with aclosing(chunks):
             async for chunk in chunks:
@@ -290,18 +346,21 @@ class Chat:
                     return Finish(chunk.finish)
         raise EngineDown("The engine ended the reply without a reason; try again.")
 
+    async def _told(self, reply: Reply) -> list[TokenLogprob]:
+        """Log-probabilities of the prompt from its second token on, if they are wanted."""
+        tokens, top = reply.sheet.prompt.rendered.tokens, reply.ask.sampling.logprobs
+        if top is None:
+            return []
+        adapter = ref(reply.version) if reply.version else None
+        return await self._engine.tell(ScoreRequest(tokens, list(range(1, len(tokens))), adapter, top))
+
     def _generate(self, reply: Reply) -> AsyncIterator[Chunk]:
         tokens = reply.sheet.prompt.rendered.tokens
         room = min(self._context() - len(tokens), self._settings.prompt.max_reply_tokens)
         asked = reply.ask.sampling
-        sampling = Sampling(
-            max_tokens=min(reply.ask.max_tokens or room, room),
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            seed=asked.seed,
-            stop=asked.stop,
-            ignore_eos=asked.ignore_eos,
-        )
+        # Each choice has chance of its own, and the same again for the same seed.
+        seed = None if asked.seed is None else asked.seed + reply.index % reply.ask.choices
+        sampling = replace(asked, max_tokens=min(reply.ask.max_tokens or room, room), seed=seed)
         adapter = ref(reply.version) if reply.version else None
         return self._engine.generate(GenerateRequest(tokens, sampling, adapter, reply.caller.user.id))
 
@@ -313,7 +372,9 @@ class Chat:
         if sheet.voice.name not in ("persona", "me"):
             raise NotFound(UNKNOWN_MODEL, code="model_not_found", param="model")
         voice = Voice(sheet.voice.name, sheet.voice.system, self._awake(previous), personal=True)
-        assert sheet.placement is not None  # only personal voices have a version
+        if sheet.placement is None:  # raw text: the same prompt for every version
+            reply.sheet = Sheet(voice, None, sheet.prompt, recorded=False)
+            return
         prompt = await self._personal(user, reply.ask, voice, sheet.placement)
         reply.sheet = Sheet(voice, sheet.placement, prompt, sheet.recorded)
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import msgspec
 
-from persona import chat_sampling, chat_tools
+from persona import chat_format, chat_sampling, chat_tools
 from persona.chat import UNKNOWN_MODEL, require_question
 from persona.chat_reply import Ask, Reply, about
+from persona.chat_sampling import Limits, Names, Wishes
 from persona.chat_tools import Call, Tool
 from persona.domain import Finish, Message, Role
+from persona.engine.protocol import replace
 from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
 TAG = ":latest"  # what Ollama's clients append to a name that has no tag
@@ -23,8 +25,9 @@ MAX_MODEL_CHARS = 64
 _ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, "tool": Role.TOOL}
 _NOTHING = "(no output)"  # a tool may give back nothing, but the model shall see that it ran
 # What may stand in a field that we do not serve: any of these means "not asked for".
-_HARMLESS: dict[str, tuple[Any, ...]] = {"format": ("",), "logprobs": (False,), "top_logprobs": (0,)}
-_HARMLESS_OPTIONS: dict[str, tuple[Any, ...]] = {"presence_penalty": (0,), "frequency_penalty": (0,), "mirostat": (0,)}
+_HARMLESS: dict[str, tuple[Any, ...]] = {"logprobs": (False,), "top_logprobs": (0,)}
+_HARMLESS_OPTIONS: dict[str, tuple[Any, ...]] = {"mirostat": (0,)}
+_NAMES = Names("options.", {"repetition_penalty": "repeat_penalty"})
 _FINISH = {Finish.STOP: "stop"}
 
 
@@ -60,12 +63,29 @@ class WireMessage(msgspec.Struct):
 class Options(msgspec.Struct):
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repeat_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     num_predict: int | None = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
     mirostat: Any = None
+
+    @property
+    def wishes(self) -> Wishes:
+        return Wishes(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            repetition_penalty=self.repeat_penalty,
+            seed=self.seed,
+            stop=self.stop,
+        )
 
 
 class Question(msgspec.Struct):
@@ -90,16 +110,19 @@ class Times:
     ended: float
 
 
-def understand(wire: Question, max_reply: int) -> Ask:
+def understand(wire: Question, limits: Limits) -> Ask:
     """The ask that a body stands for. Raises RequestError or NotFound that names the field."""
     options = wire.options or Options()
     _refuse_unserved(wire, _HARMLESS, "")
     _refuse_unserved(options, _HARMLESS_OPTIONS, "options.")
+    grammar = chat_format.of_ollama(wire.format)
+    if grammar and wire.tools:
+        raise _unsupported("A reply of a format cannot call tools: send format or tools.", "format")
     ask = Ask(
         model=plain(wire.model),
         messages=(*_told(wire.tools or []), *_messages(wire.messages)),
-        sampling=chat_sampling.sampling(options.temperature, options.top_p, options.seed, options.stop, "options."),
-        max_tokens=_max_tokens(options.num_predict, max_reply),
+        sampling=replace(chat_sampling.sampling(options.wishes, limits, _NAMES), grammar=grammar),
+        max_tokens=_max_tokens(options.num_predict, limits.reply),
         tools=bool(wire.tools),
     )
     require_question(ask.messages)

@@ -4,15 +4,17 @@ Unknown fields are ignored; a known field whose value would change the answer's 
 """
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from persona import chat_sampling
+from persona import chat_format, chat_sampling
 from persona.chat import UNKNOWN_MODEL, require_question
 from persona.chat_reply import Ask, Reply, about
+from persona.chat_sampling import Limits, Wishes
 from persona.domain import Finish, Message, Role
-from persona.engine.protocol import replace
+from persona.engine.protocol import Sampling, TokenLogprob, replace
 from persona.errors import NotFound, PersonaError, RequestError, TooLarge
 
 MAX_MESSAGES = 4096
@@ -33,17 +35,11 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "n": (1,),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
 }
+Spell = Callable[[int], bytes]  # what a token stands for
 _FINISH = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ABORT: "length", Finish.ERROR: "length"}
 
 
@@ -56,20 +52,19 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Completion(msgspec.Struct):
+class Completion(Wishes):
     """The body of POST /v1/chat/completions."""
 
     model: str
     messages: list[WireMessage]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    stop: str | list[str] | None = None
+    n: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     ignore_eos: bool | None = None
-    seed: int | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
     tools: Any = None
@@ -77,12 +72,6 @@ class Completion(msgspec.Struct):
     tool_choice: Any = None
     function_call: Any = None
     response_format: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    n: Any = None
     modalities: Any = None
     audio: Any = None
     web_search_options: Any = None
@@ -92,7 +81,7 @@ class Completion(msgspec.Struct):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-def understand(wire: Completion, max_reply: int) -> Ask:
+def understand(wire: Completion, limits: Limits) -> Ask:
     """The ask that a body stands for. Raises RequestError or NotFound that names the field."""
     _refuse_unserved(wire)
     if len(wire.model) > MAX_MODEL_CHARS:
@@ -100,11 +89,9 @@ def understand(wire: Completion, max_reply: int) -> Ask:
     ask = Ask(
         model=wire.model,
         messages=_messages(wire.messages),
-        sampling=replace(
-            chat_sampling.sampling(wire.temperature, wire.top_p, wire.seed, wire.stop),
-            ignore_eos=wire.ignore_eos is True,
-        ),
-        max_tokens=_max_tokens(wire, max_reply),
+        sampling=_sampling(wire, limits),
+        max_tokens=_max_tokens(wire, limits.reply),
+        choices=chat_sampling.choices(wire.n),
         store=wire.store is not False,
         conversation=_conversation(wire.metadata),
     )
@@ -112,21 +99,54 @@ def understand(wire: Completion, max_reply: int) -> Ask:
     return ask
 
 
-def completion(reply: Reply, head: dict[str, Any]) -> dict[str, Any]:
-    """A whole answer."""
-    choice = {
-        "index": 0,
+def completion(replies: Sequence[Reply], head: dict[str, Any], spell: Spell) -> dict[str, Any]:
+    """A whole answer. What persona adds stands beside the choices, for the first, and in each if there are more."""
+    choices = [_choice(reply, spell) for reply in replies]
+    if len(replies) > 1:
+        choices = [{**choice, "persona": about(reply)} for choice, reply in zip(choices, replies, strict=True)]
+    answer = {"object": "chat.completion", "choices": choices, "usage": usage(replies), "persona": about(replies[0])}
+    return {**head, **answer}
+
+
+def _choice(reply: Reply, spell: Spell) -> dict[str, Any]:
+    return {
+        "index": reply.index,
         "message": {"role": "assistant", "content": reply.text, "refusal": None},
-        "logprobs": None,
+        "logprobs": logprobs(reply, reply.logprobs, spell),
         "finish_reason": finish_reason(reply),
     }
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(reply), "persona": about(reply)}
 
 
-def chunk(head: dict[str, Any], delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+def chunk(
+    head: dict[str, Any],
+    delta: dict[str, Any],
+    finish: str | None = None,
+    index: int = 0,
+    logprobs: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """A piece of a streamed answer."""
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
     return {**head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def logprobs(reply: Reply, found: Sequence[TokenLogprob], spell: Spell) -> dict[str, Any] | None:
+    """What is told of the tokens of a reply, or of a piece of it; None if nobody asked."""
+    if reply.ask.sampling.logprobs is None:
+        return None
+    content = [
+        {
+            **_told(one.token, one.logprob, spell),
+            "top_logprobs": [_told(token, value, spell) for token, value in one.top],
+        }
+        for one in found
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _told(token: int, logprob: float, spell: Spell) -> dict[str, Any]:
+    """A part of a character is shown as U+FFFD, and its bytes say which."""
+    content = spell(token)
+    return {"token": content.decode(errors="replace"), "bytes": list(content), "logprob": logprob}
 
 
 def head(reply: Reply, identity: str, created: int, base: str) -> dict[str, Any]:
@@ -145,9 +165,10 @@ def finish_reason(reply: Reply) -> str:
     return _FINISH[reply.finish or Finish.ABORT]
 
 
-def usage(reply: Reply) -> dict[str, int]:
-    prompt = len(reply.sheet.prompt.rendered.tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": reply.tokens, "total_tokens": prompt + reply.tokens}
+def usage(replies: Sequence[Reply]) -> dict[str, int]:
+    """Of all choices together; they have one prompt."""
+    prompt, made = len(replies[0].sheet.prompt.rendered.tokens), sum(reply.tokens for reply in replies)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
 def error_body(error: PersonaError) -> dict[str, Any]:
@@ -196,6 +217,23 @@ def _max_tokens(wire: Completion, most: int) -> int | None:
     if wire.max_completion_tokens is not None:
         return chat_sampling.max_tokens("max_completion_tokens", wire.max_completion_tokens, most)
     return chat_sampling.max_tokens("max_tokens", wire.max_tokens, most)
+
+
+def _sampling(wire: Completion, limits: Limits) -> Sampling:
+    grammar = chat_format.of_openai(wire.response_format)
+    if grammar and wire.ignore_eos:
+        raise RequestError(
+            "A reply that is held to a format ends where the format does: leave ignore_eos out.", param="ignore_eos"
+        )
+    endless = wire.ignore_eos is True
+    return replace(chat_sampling.sampling(wire, limits), logprobs=_logprobs(wire), grammar=grammar, ignore_eos=endless)
+
+
+def _logprobs(wire: Completion) -> int | None:
+    top = chat_sampling.top_logprobs("top_logprobs", wire.top_logprobs or 0)
+    if top and not wire.logprobs:
+        raise chat_sampling.refused("top_logprobs", "needs logprobs to be true")
+    return top if wire.logprobs else None
 
 
 def _conversation(metadata: dict[str, Any] | None) -> str | None:

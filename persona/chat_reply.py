@@ -5,20 +5,20 @@ cancel that task, and once nothing more is generated it is too late for that: re
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from persona.chat_tools import Call, Ear, Heard
 from persona.domain import Caller, EntryId, Finish, Message, Version
-from persona.engine.protocol import Chunk, Sampling
+from persona.engine.protocol import Chunk, Sampling, TokenLogprob
 from persona.prompt import Prompt
 from storage.history import Placement
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a client asks for. `max_tokens` None: as many as fit."""
+    """What a client asks for. `max_tokens` None: as many as fit. `choices`: how many replies."""
 
     model: str
     messages: tuple[Message, ...]
@@ -27,6 +27,8 @@ class Ask:
     store: bool = True
     conversation: str | None = None
     tools: bool = False  # the reply may call tools
+    echo: bool = False  # the prompt stands before the reply, and is told of like it
+    choices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,16 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a reply, text and calls of tools; the last one has its finish."""
+    """A piece of a reply, text and calls of tools; the last one has its finish, one for an echo stands for the prompt.
+
+    `logprobs`: of the tokens whose text begins in it, if they were asked for.
+    """
 
     text: str
     finish: Finish | None = None
     calls: tuple[Call, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    echo: bool = False
 
 
 class Reply:
@@ -65,7 +72,8 @@ class Reply:
     it: they are for the client alone, and no history.
     """
 
-    def __init__(self, caller: Caller, ask: Ask, sheet: Sheet) -> None:
+    def __init__(self, caller: Caller, ask: Ask, sheet: Sheet, index: int = 0, mail: "Mail | None" = None) -> None:
+        self.index = index  # among the replies to the same ask
         self.caller = caller
         self.ask = ask
         self.sheet = sheet
@@ -73,6 +81,8 @@ class Reply:
         self.tokens = 0
         self.first: float | None = None  # time of the event loop at the first token
         self.calls: list[Call] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.echoed: list[TokenLogprob] | None = None  # of the prompt, from its second token on; None until it is told
         self.finish: Finish | None = None
         self.turn: EntryId | None = None
         self.task: asyncio.Task[None] | None = None
@@ -80,7 +90,7 @@ class Reply:
         self._said: list[str] = []
         self._ear = Ear() if ask.tools else None
         # Never longer than max_tokens, because the engine sends at most one piece a token.
-        self._mail: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._mail: Mail = mail or asyncio.Queue()
 
     @property
     def version(self) -> Version | None:
@@ -96,14 +106,8 @@ class Reply:
 
     async def next(self, seconds: float | None = None) -> Piece | None:
         """The next piece, or None after `seconds` of silence. Raises what made the reply fail."""
-        try:
-            async with asyncio.timeout(seconds):
-                mail = await self._mail.get()
-        except TimeoutError:
-            return None
-        if isinstance(mail, Exception):
-            raise mail
-        return mail
+        mail = await _open(self._mail, seconds)
+        return mail[1] if mail else None
 
     def on_end(self, call: Callable[["Reply"], None]) -> None:
         """Have `call(reply)` called once, when the reply is over and on record."""
@@ -116,23 +120,75 @@ class Reply:
             self.settled = True
             self.task.cancel()
 
+    def echo(self, told: list[TokenLogprob]) -> None:
+        """The prompt stands before the reply; `told` may be empty."""
+        self.echoed = told
+        self._mail.put_nowait((self, Piece("", logprobs=tuple(told), echo=True)))
+
     def hear(self, chunk: Chunk) -> None:
         self.tokens = max(self.tokens, chunk.tokens)
         self.first = self.first or asyncio.get_running_loop().time()
-        self._deliver(self._ear.hear(chunk.text) if self._ear else Heard(chunk.text))
+        self.logprobs += chunk.logprobs
+        self._deliver(self._ear.hear(chunk.text) if self._ear else Heard(chunk.text), tuple(chunk.logprobs))
         if self._ear and chunk.finish in (Finish.STOP, Finish.LENGTH):
             self._deliver(self._ear.end())
 
-    def _deliver(self, heard: Heard) -> None:
-        if heard.text or heard.calls:
+    def _deliver(self, heard: Heard, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        if heard.text or heard.calls or logprobs:
             self._said.append(heard.text)
             self.calls += heard.calls
-            self._mail.put_nowait(Piece(heard.text, calls=heard.calls))
+            self._mail.put_nowait((self, Piece(heard.text, calls=heard.calls, logprobs=logprobs)))
 
     def end(self, finish: Finish, failure: Exception | None = None) -> None:
         if self.finish is None:
             self.finish = finish
-            self._mail.put_nowait(failure or Piece("", finish))
+            self._mail.put_nowait((self, failure or Piece("", finish)))
+
+
+Mail = asyncio.Queue[tuple[Reply, Piece | Exception]]
+
+
+class Choices:
+    """The replies to one ask, which are made side by side and end one by one."""
+
+    def __init__(self, replies: Sequence[Reply], mail: Mail) -> None:
+        self.replies = tuple(replies)
+        self._mail = mail
+        self._open = len(self.replies)
+
+    @property
+    def first(self) -> Reply:
+        return self.replies[0]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last piece of every reply was taken out."""
+        return not self._open
+
+    async def next(self, seconds: float | None = None) -> tuple[Reply, Piece] | None:
+        """The next piece of any reply, or None after `seconds` of silence. Raises what made a reply fail."""
+        mail = await _open(self._mail, seconds)
+        self._open -= mail is not None and mail[1].finish is not None
+        return mail
+
+    def on_end(self, call: Callable[[Reply], None]) -> None:
+        for reply in self.replies:
+            reply.on_end(call)
+
+    def abort(self) -> None:
+        for reply in self.replies:
+            reply.abort()
+
+
+async def _open(mail: Mail, seconds: float | None) -> tuple[Reply, Piece] | None:
+    try:
+        async with asyncio.timeout(seconds):
+            reply, content = await mail.get()
+    except TimeoutError:
+        return None
+    if isinstance(content, Exception):
+        raise content
+    return reply, content
 
 
 def about(reply: Reply) -> dict[str, Any]:

@@ -194,11 +194,25 @@ class Rendered:
 class ChatTokenizer(Protocol):
     """Text to tokens and back, and the base's chat template."""
 
+    @property
+    def vocab(self) -> int:
+        """How many tokens there are."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text: what looks like a special token stays text."""
         ...
 
+    def raw(self, text: str) -> tuple[list[int], int]:
+        """Tokens of a text that is a whole prompt: special tokens in it are meant, and those that the base begins
+        with stand in front. Also how many these are."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def piece(self, token: int) -> bytes:
+        """What one token stands for; a part of a character may be all of it."""
+        ...
 
     def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
         """Template `messages`; with `reply` the assistant's header stands at the end, ready to be continued."""

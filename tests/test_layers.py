@@ -31,6 +31,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "apscheduler": ("jobs.schedule",),
     "torch": ("persona.engine", "jobs.trainer", "jobs.sparse"),
     "bitsandbytes": ("persona.engine.weights", "persona.engine.quantize"),
+    "llguidance": ("persona.engine.schema", "persona.engine.grammar"),
     "pickle": (), "dill": (), "cloudpickle": (), "shelve": (), "marshal": (), "joblib": (),
 }  # fmt: skip
 

@@ -78,7 +78,7 @@ async def why(request: web.Request) -> web.Response:
     completion = chat_openai.Completion(
         wire.model, wire.messages, max_tokens=wire.max_tokens, store=wire.store, metadata=wire.metadata
     )
-    sheet = await deps.chat.why(who, chat_openai.understand(completion, deps.settings.prompt.max_reply_tokens))
+    sheet = await deps.chat.why(who, chat_openai.understand(completion, deps.chat.limits))
     return web.json_response(views.sheet(sheet), dumps=dumps)
 
 

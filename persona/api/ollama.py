@@ -24,7 +24,7 @@ from persona.wire import dumps
 async def chat(request: web.Request) -> web.StreamResponse:
     began, deps = asyncio.get_running_loop().time(), services(request)
     question = await bodies.read_json(request, Question)
-    ask = chat_ollama.understand(question, deps.settings.prompt.max_reply_tokens)
+    ask = chat_ollama.understand(question, deps.chat.limits)
     reply = await deps.chat.reply(caller(request), ask)
     reply.on_end(deps.metrics.reply)
     answer = _Answer(deps, question, reply, began)

@@ -21,6 +21,7 @@ from persona.api import (
     ollama,
     ollama_models,
     ops,
+    text_completions,
     versions,
 )
 from persona.api.services import SERVICES, Services
@@ -32,6 +33,7 @@ OPS = (
 )
 USERS = (
     web.post("/v1/chat/completions", completions.complete),
+    web.post("/v1/completions", text_completions.complete),
     web.get("/v1/models", models.models),
     web.get("/v1/models/{model:.+}", models.model),
     web.post("/v1/feedback", me.feedback),

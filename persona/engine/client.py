@@ -35,6 +35,7 @@ from persona.engine.protocol import (
     ScoreRequest,
     Scores,
     Step,
+    TokenLogprob,
     TrainRequest,
 )
 from persona.errors import EngineDown, ModelError, PersonaError
@@ -102,6 +103,12 @@ class LocalEngine:
         answer = await self._one(lambda job: protocol.Score(job, request))
         assert isinstance(answer, Scores)
         return answer.logprobs
+
+    async def tell(self, request: ScoreRequest) -> list[TokenLogprob]:
+        told = protocol.replace(request, top=request.top or 0)
+        answer = await self._one(lambda job: protocol.Score(job, told))
+        assert isinstance(answer, Scores)
+        return answer.told
 
     async def score_all(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         answer = await self._one(lambda job: protocol.ScoreAll(job, list(requests)))

@@ -15,6 +15,7 @@ from persona.engine.protocol import (
     Health,
     Progress,
     ScoreRequest,
+    TokenLogprob,
     TrainRequest,
 )
 
@@ -28,6 +29,10 @@ class Serving(Protocol):
 
     async def score(self, request: ScoreRequest) -> list[float]:
         """Natural log-probabilities, one per target."""
+        ...
+
+    async def tell(self, request: ScoreRequest) -> list[TokenLogprob]:
+        """What `score` gives, with the target itself and `request.top` alternatives in its place."""
         ...
 
     async def score_all(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:

@@ -8,19 +8,34 @@ Nothing here blocks, and nothing that fails in one request or in training reache
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from collections.abc import Sequence as Many
+from concurrent import futures
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
 import structlog
+import torch
 
-from persona.engine import protocol, sampler
+from persona.engine import logprobs, protocol, sampler
+from persona.engine.grammar import Grammar, Grammars
+from persona.engine.logprobs import Margin
 from persona.engine.lora import Resident
 from persona.engine.prefix import Owner
-from persona.engine.protocol import AdapterRef, Chunk, Failed, Health, Piece, Progress, Reply, Request, Scores
+from persona.engine.protocol import (
+    AdapterRef,
+    Chunk,
+    Failed,
+    Health,
+    Piece,
+    Progress,
+    Reply,
+    Request,
+    Scores,
+    TokenLogprob,
+)
 from persona.engine.runner import Result, Runner
 from persona.engine.sampler import Sampler
 from persona.engine.scheduler import Plan, Scheduler, Sequence
@@ -31,6 +46,7 @@ from persona.engine.waiting import Pace
 from persona.errors import Busy, PersonaError, RequestError, StorageFull, TooLarge, TrainingFailed
 
 SHARE = 0.09  # of busy time that training may take: gaps between tokens may grow by a tenth
+PATIENCE = 0.005  # seconds that an idle loop waits for a grammar before it looks for messages
 SCORING = 1.0  # the same for scoring, which is short: a new version waits for its gate
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
@@ -58,8 +74,8 @@ class _Generation:
     sampler: Sampler
     words: Detokenizer
     stops: Stops
-    endless: bool = False  # no token ends it
-    since: float = 0.0
+    margin: Margin
+    since: float = 0.0  # when it came, by the clock
     adapter: Resident | None = None  # from admission on
     generated: int = 0
 
@@ -69,8 +85,9 @@ class _Scoring:
     """Log-probabilities in the making."""
 
     sequence: Sequence
+    told: bool  # with alternatives
     adapter: Resident | None = None
-    found: list[float] = field(default_factory=list)
+    found: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +113,7 @@ class EngineLoop:
         score: ScoreSlices,
         about: Base,
         eos: frozenset[int],
+        grammars: Grammars,
         send: Callable[[Reply], None],
         patience: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
@@ -106,6 +124,8 @@ class EngineLoop:
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
         self._jobs: dict[int, _Generation | _Scoring] = {}
         self._awaiting: dict[AdapterRef, list[_Awaiting]] = {}  # who waits for which adapter to be loaded
+        self._grammars = grammars
+        self._compiling: dict[int, tuple[futures.Future[Grammar], Sequence, protocol.GenerateRequest]] = {}
         self._training: tuple[int, Iterator[Progress | None]] | None = None
         self._score_slices = score
         self._scorings: deque[tuple[int, Generator[None, None, list[list[float]]]]] = deque()  # before any training
@@ -116,7 +136,7 @@ class EngineLoop:
     @property
     def idle(self) -> bool:
         """Nothing to do until the next message, or until a load has ended."""
-        return (self._scheduler.idle or self._stalled) and not self._sliced
+        return (self._scheduler.idle or self._stalled) and not self._sliced and not self._compiling
 
     def handle(self, request: Request) -> None:
         """Take one request in; answers go to `send`, now or later."""
@@ -127,6 +147,8 @@ class EngineLoop:
     def work(self) -> None:
         """One step of serving, then a slice of training if serving leaves time for it."""
         self._land()
+        if self._compiling:
+            self._admit_compiled()
         plan = self._plan()
         if not plan and self._land():
             plan = self._plan()
@@ -181,24 +203,45 @@ class EngineLoop:
 
     def _generate(self, job: int, request: protocol.GenerateRequest) -> None:
         limit = len(request.tokens) + request.sampling.max_tokens
+        if any(not 0 <= token < self._about().vocab for token, _ in request.sampling.logit_bias):
+            raise RequestError("logit_bias names a token that the model does not have.", param="logit_bias")
         sequence = self._sequence(job, request.tokens, limit, request.adapter)
         sequence.user_id = request.user_id
         if request.user_id:
             sequence.owner = Owner(request.user_id, request.adapter)
         self._make_room(request.user_id)
+        if not request.sampling.grammar:
+            self._admit(sequence, request)
+        else:
+            self._compiling[job] = self._grammars.compile(request.sampling.grammar), sequence, request
 
-        self._jobs[job] = _Generation(
+    def _admit_compiled(self) -> None:
+        """Let those in whose grammar is ready; with nothing else to do wait for one for a moment."""
+        if self._scheduler.idle and not self._sliced:
+            futures.wait([one for one, _, _ in self._compiling.values()], PATIENCE, futures.FIRST_COMPLETED)
+        for job, (grammar, sequence, request) in list(self._compiling.items()):
+            if grammar.done():
+                del self._compiling[job]
+                self._guarded(job, partial(self._admit_result, sequence, request, grammar))
+
+    def _admit_result(
+        self, sequence: Sequence, request: protocol.GenerateRequest, grammar: futures.Future[Grammar]
+    ) -> None:
+        self._admit(sequence, request, grammar.result())
+
+    def _admit(self, sequence: Sequence, request: protocol.GenerateRequest, grammar: Grammar | None = None) -> None:
+        self._jobs[sequence.id] = _Generation(
             sequence,
-            Sampler(request.sampling),
+            Sampler(request.sampling, request.tokens, grammar),
             Detokenizer(self._text),
             Stops(request.sampling.stop),
-            request.sampling.ignore_eos,
+            Margin(),
             self._clock(),
         )
         self._scheduler.add(sequence)
         wait = self._pace.wait(self._scheduler.before(sequence))
         if wait > self._patience:
-            self._remove(job)
+            self._remove(sequence.id)
             raise _crowded(wait)
 
     def _make_room(self, user_id: int) -> None:
@@ -229,8 +272,8 @@ class EngineLoop:
         _check_targets(request)
         sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
         sequence.targets, sequence.background = tuple(request.targets), True
-
-        self._jobs[job] = _Scoring(sequence)
+        sequence.top = request.top or 0
+        self._jobs[job] = _Scoring(sequence, request.top is not None)
         self._scheduler.add(sequence)
 
     def _score_all(self, job: int, requests: list[protocol.ScoreRequest]) -> None:
@@ -253,6 +296,8 @@ class EngineLoop:
         about = self._about()
         if not tokens:
             raise RequestError("The prompt is empty.")
+        if min(tokens) < 0 or max(tokens) >= about.vocab:  # one such row would end the whole step
+            raise RequestError("The prompt holds a token that the model does not have.")
         if limit > about.context or not self._scheduler.fits(limit):
             raise TooLarge(
                 f"Prompt and reply together are {limit} tokens; at most {about.context} fit.",
@@ -321,6 +366,9 @@ class EngineLoop:
             self._awaiting[ref].remove(one)
             if one.aborted is not None:
                 self._send(one.aborted)
+        elif job in self._compiling:
+            self._compiling.pop(job)[0].cancel()
+            self._send(Piece(job, Chunk("", 0, "abort")))
         elif mine := [scoring for scoring in self._scorings if scoring[0] == job]:
             self._scorings.remove(mine[0])
             self._fail(job, Busy(ABORTED))
@@ -385,51 +433,61 @@ class EngineLoop:
             return
         finite = result.logits.amax(-1).isfinite().tolist()
         jobs = [self._jobs[s.id] for s in result.next]
-        logits = sampler.without(result.logits.nan_to_num(), [_endless(job) for job in jobs], self._eos)
-        tokens = sampler.draw(logits, [j.sampler for j in jobs if isinstance(j, _Generation)])
-        for sequence, token, sound in zip(result.next, tokens, finite, strict=True):
+        samplers = [job.sampler for job in jobs if isinstance(job, _Generation)]
+        drawn = _drawn(result.logits.nan_to_num(), samplers, self._eos)
+        for sequence, (token, told), sound in zip(result.next, drawn, finite, strict=True):
             if sound:
-                self._extend(sequence.id, token)
+                self._extend(sequence.id, token, told)
             else:
                 self._finish(sequence.id, "error", "The adapter of this request computes values that are not finite.")
 
-    def _collect(self, sequence: Sequence, found: list[float]) -> None:
+    def _collect(self, sequence: Sequence, found: list[TokenLogprob]) -> None:
         job = self._jobs[sequence.id]
         assert isinstance(job, _Scoring)
         job.found += found
         if not sequence.prefilling:
             self._remove(sequence.id)
-            self._send(Scores(sequence.id, job.found))
+            self._send(Scores(sequence.id, [one.logprob for one in job.found], job.found if job.told else []))
 
-    def _extend(self, job: int, token: int) -> None:
+    def _extend(self, job: int, token: int, told: TokenLogprob | None) -> None:
         generation = self._jobs[job]
         assert isinstance(generation, _Generation)
+        grammar = generation.sampler.grammar
+        if grammar is not None and grammar.lost:
+            self._finish(job, "error", "The schema became too complex on the way; make it simpler.")
+            return
         generation.generated += 1
         self._tokens += 1
         if token in self._eos:
             self._finish(job, "stop")
             return
         generation.sequence.tokens.append(token)
-        shown, stopped = generation.stops.feed(generation.words.add(token))
+        written = generation.words.add(token)
+        generation.margin.add(told, len(written))
+        shown, stopped = generation.stops.feed(written)
         if stopped:
+            self._finish(job, "stop", shown=shown, cut=True)
+        elif grammar is not None and grammar.ended:
             self._finish(job, "stop", shown=shown)
         elif len(generation.sequence.tokens) >= generation.sequence.limit:
             self._finish(job, "length", shown=shown)
         elif shown:
-            self._send(Piece(job, Chunk(shown, generation.generated)))
+            beside = generation.margin.show(len(shown))
+            self._send(Piece(job, Chunk(shown, generation.generated, logprobs=beside)))
 
-    def _finish(self, job: int, finish: str, error: str | None = None, shown: str | None = None) -> None:
-        """End a job with its last answer. `shown` given means that a stop string or the limit ended the text."""
+    def _finish(self, job: int, finish: str, error: str | None = None, shown: str = "", *, cut: bool = False) -> None:
+        """End a job with its last answer. `shown`: the last text that is certain; a stop string has `cut` the rest."""
         ended = self._remove(job)
         if isinstance(ended, _Scoring):
             self._fail(job, Busy(error or ABORTED))
             return
-        text = shown or ""
-        if shown is None or finish == "length":
+        text, stopped = shown, cut
+        if not stopped:
             tail, stopped = ended.stops.feed(ended.words.flush())
             text += tail if stopped else tail + ended.stops.flush()
             finish = "stop" if stopped and finish == "length" else finish
-        self._send(Piece(job, Chunk(text, ended.generated, finish, error)))
+        beside = ended.margin.show(len(text)) if stopped else ended.margin.rest()
+        self._send(Piece(job, Chunk(text, ended.generated, finish, error, beside)))
 
     def _remove(self, job: int) -> _Generation | _Scoring:
         ended = self._jobs.pop(job)
@@ -516,8 +574,19 @@ def _is_older(owner: Owner, ref: AdapterRef) -> bool:
     return owner.user_id == ref.user_id and owner.adapter is not None and owner.adapter != ref
 
 
-def _endless(job: _Generation | _Scoring) -> bool:
-    return isinstance(job, _Generation) and job.endless
+def _drawn(
+    logits: torch.Tensor, samplers: list[Sampler], eos: Collection[int]
+) -> list[tuple[int, TokenLogprob | None]]:
+    """logits: [rows, vocab] → a token each and, where it was asked for, what is told of it."""
+    rows = [row for row, one in enumerate(samplers) if one.sampling.logprobs is not None]
+    plain = logits[rows] if rows else logits  # a copy: drawing changes logits
+    sampler.without(logits, [one.sampling.ignore_eos for one in samplers], eos)
+    tokens = sampler.draw(logits, samplers)
+    told: dict[int, TokenLogprob] = {}
+    if rows:
+        tops = [samplers[row].sampling.logprobs or 0 for row in rows]
+        told = dict(zip(rows, logprobs.of(plain, [tokens[row] for row in rows], tops), strict=True))
+    return [(token, told.get(row)) for row, token in enumerate(tokens)]
 
 
 def _check_targets(request: protocol.ScoreRequest) -> None:

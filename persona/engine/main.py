@@ -23,6 +23,7 @@ from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
 from persona.engine.device import Form
+from persona.engine.grammar import Grammars
 from persona.engine.loop import EngineLoop
 from persona.engine.pages import PagePool
 from persona.engine.protocol import AdapterRef, Health, Progress, TrainRequest
@@ -67,6 +68,7 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
         device=options.device,
         weights=options.weights,
         context=min(options.context, base.shape.context),
+        vocab=base.shape.vocab,
         base_bytes=base.nbytes(),
     )
 
@@ -99,6 +101,9 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
         score=lambda wanted: branches.scores(base, wanted, options.prefill_tokens),
         about=lambda: protocol.replace(health, memory=_memory_used(base.device)),
         eos=frozenset(base.shape.eos),
+        grammars=Grammars(
+            (folder / "tokenizer.json").read_text(encoding="utf-8"), base.shape.vocab, frozenset(base.shape.eos)
+        ),
         send=send,
         patience=options.patience_seconds,
     )

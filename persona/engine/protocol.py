@@ -23,7 +23,10 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True):
-    """How the next token is drawn. `temperature` 0 is greedy."""
+    """How the next token is drawn. `temperature` 0 is greedy.
+
+    Frequency and presence penalties count what was generated, the repetition penalty the prompt, too.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -31,6 +34,14 @@ class Sampling(msgspec.Struct, frozen=True):
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False  # tokens that end a text are never drawn: only `stop` and the limit end the reply
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0  # of the likeliest token's probability
+    frequency_penalty: float = 0.0  # off a logit for each time that the token stands in the reply
+    presence_penalty: float = 0.0  # off a logit once
+    repetition_penalty: float = 1.0  # a positive logit is divided by it, a negative one multiplied
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
+    logprobs: int | None = None  # how many alternatives are told with each token; None: not even its own
+    grammar: str = ""  # of persona.engine.schema; the reply is held to it
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
@@ -42,13 +53,25 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     user_id: int = 0
 
 
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token, its natural log-probability, and the likeliest tokens in its place with theirs, in order."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
 class Chunk(msgspec.Struct, frozen=True):
-    """A piece of a reply. The last one has `finish`: stop, length, abort or error (then `error` says why)."""
+    """A piece of a reply. The last one has `finish`: stop, length, abort or error (then `error` says why).
+
+    `logprobs` are those of the tokens whose text begins in this piece, if they were asked for.
+    """
 
     text: str
     tokens: int = 0  # generated so far
     finish: str | None = None
     error: str | None = None
+    logprobs: list[TokenLogprob] = []
 
 
 class ScoreRequest(msgspec.Struct, frozen=True):
@@ -57,6 +80,7 @@ class ScoreRequest(msgspec.Struct, frozen=True):
     tokens: list[int]
     targets: list[int]
     adapter: AdapterRef | None = None
+    top: int | None = None  # how many alternatives are told with each; None: nothing but the numbers
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -116,6 +140,7 @@ class Health(msgspec.Struct, frozen=True):
     device: str
     weights: str  # nf4, int4 or none
     context: int  # tokens one sequence may have
+    vocab: int = 0  # tokens that there are
     running: int = 0
     waiting: int = 0
     resident: int = 0  # adapters on the device
@@ -207,6 +232,7 @@ class Piece(Answer, tag="piece", frozen=True):
 
 class Scores(Answer, tag="scores", frozen=True):
     logprobs: list[float]
+    told: list[TokenLogprob] = []  # if `top` was given
 
 
 class AllScores(Answer, tag="all_scores", frozen=True):

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from persona.engine import attention
+from persona.engine import attention, logprobs
 from persona.engine.attention import DecodeRows, KvCache, PromptRows
 from persona.engine.decoder import Decoder
 from persona.engine.lora import Resident, StepAdapters
+from persona.engine.protocol import TokenLogprob
 from persona.engine.scheduler import Plan, Segment, Sequence
 from persona.engine.weights import Projection
 
@@ -27,7 +28,7 @@ class Result:
 
     next: list[Sequence]
     logits: torch.Tensor
-    scores: list[tuple[Sequence, list[float]]]
+    scores: list[tuple[Sequence, list[TokenLogprob]]]
 
 
 class Runner:
@@ -116,15 +117,14 @@ class Runner:
         logits = self._decoder.logits(h[rows]) if rows else h.new_empty(0, self._decoder.shape.vocab)
         return Result(following, logits, scores)
 
-    def _scored(self, h: torch.Tensor, segment: Segment) -> list[float]:
+    def _scored(self, h: torch.Tensor, segment: Segment) -> list[TokenLogprob]:
         """Log-probabilities of the targets whose preceding token lies in this segment."""
         sequence = segment.sequence
         targets = [t for t in sequence.targets if segment.start < t <= segment.end]
-        found: list[float] = []
+        found: list[TokenLogprob] = []
         for some in _chunks(targets, 64):  # bounds the logits in memory
             logits = self._decoder.logits(h[[t - 1 - segment.start for t in some]])
-            wanted = self._tensor([sequence.tokens[t] for t in some])
-            found += (logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(-1)).tolist()
+            found += logprobs.of(logits, [sequence.tokens[t] for t in some], [sequence.top] * len(some))
         return found
 
     def _tensor(self, values: Rows[int] | list[list[int]]) -> torch.Tensor:

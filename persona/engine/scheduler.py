@@ -30,6 +30,7 @@ class Sequence:
     limit: int  # tokens it may grow to
     adapter: AdapterRef | None = None
     targets: tuple[int, ...] = ()  # positions to score; empty for chat
+    top: int = 0  # alternatives that are told with each of them
     background: bool = False
     user_id: int = 0
     owner: Owner | None = None

@@ -21,6 +21,7 @@ from persona.engine.protocol import (
     Health,
     Progress,
     ScoreRequest,
+    TokenLogprob,
     TrainRequest,
 )
 from persona.errors import AdapterError, Busy, RequestError, TrainingFailed
@@ -79,7 +80,7 @@ class ScriptedEngine:
                 await asyncio.sleep(self._delay)
                 if self.failure is not None:
                     raise self.failure
-                yield Chunk(word, count)
+                yield Chunk(word, count, logprobs=_told(word, request.sampling.logprobs))
             ended = True
             yield Chunk("", len(kept), finish)
         finally:
@@ -93,6 +94,10 @@ class ScriptedEngine:
         self.scored.append(request)
         await asyncio.sleep(0)
         return self._score(request) if self._score else [-1.0] * len(request.targets)
+
+    async def tell(self, request: ScoreRequest) -> list[TokenLogprob]:
+        found = zip(request.targets, await self.score(request), strict=True)
+        return [_alternatives(request.tokens[target], value, request.top or 0) for target, value in found]
 
     async def score_all(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         return [await self.score(request) for request in requests]
@@ -168,6 +173,16 @@ class ScriptedEngine:
             raise AdapterError(f"The file of version {ref.number} does not match its checksum.")
 
 
+def _told(word: str, top: int | None) -> list[TokenLogprob]:
+    """A word is told as its first byte, with −1."""
+    return [] if top is None else [_alternatives(word.encode()[0], -1.0, top)]
+
+
+def _alternatives(token: int, logprob: float, top: int) -> TokenLogprob:
+    """The tokens with the next numbers follow, each less likely by 1."""
+    return TokenLogprob(token, logprob, [(token + place, logprob - place) for place in range(top)])
+
+
 def _taken_up(request: TrainRequest) -> int:
     """The step after which this training goes on, 0 at its beginning."""
     if not request.checkpoint:
@@ -192,12 +207,19 @@ class ScriptedText:
 
     MARKS: tuple[str, ...] = ("system", "user", "assistant", "tool")
     END = 255 + len(MARKS) + 1
+    vocab = END + 1
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def raw(self, text: str) -> tuple[list[int], int]:
+        return self.encode(text), 0
+
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
 
     def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
         tokens: list[int] = []

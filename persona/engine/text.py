@@ -23,6 +23,20 @@ from persona.errors import ModelError, RequestError
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _FORBIDDEN = str.maketrans("", "", _OPEN + _CLOSE)
+# How vocabularies spell what is no letter: SentencePiece a space and a byte, byte-level BPE every byte.
+_SPACE = "\u2581"
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _letters() -> dict[str, bytes]:
+    """The letter that byte-level BPE has for each byte (GPT-2's table): its own, or one from 256 on if it has none."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    codes = {byte: byte for byte in shown} | {byte: 256 + place for place, byte in enumerate(hidden)}
+    return {chr(code): bytes([byte]) for byte, code in codes.items()}
+
+
+_LETTERS = _letters()
 
 
 class Text:
@@ -38,6 +52,8 @@ class Text:
             self._template = _environment().from_string(template)
         except TemplateError as error:
             raise ModelError(f"The model's chat template cannot be read: {error}.") from None
+        self._added = {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items()}
+        self._byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
         # Template text repeats from request to request: "<|im_end|>\n<|im_start|>user\n" and its like.
         self._frame = lru_cache(maxsize=1024)(self._encode_frame)
 
@@ -51,12 +67,31 @@ class Text:
             raise ModelError(f"The tokenizer of the prepared model cannot be read ({error}).") from None
         return cls(tokenizer, chat["template"], chat["special"])
 
+    @property
+    def vocab(self) -> int:
+        return int(self._plain.get_vocab_size())
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text.translate(_FORBIDDEN), add_special_tokens=False).ids
         return ids
 
+    def raw(self, text: str) -> tuple[list[int], int]:
+        begin: list[int] = self._marked.encode("", add_special_tokens=True).ids
+        return [*begin, *self._marked.encode(text, add_special_tokens=False).ids], len(begin)
+
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._plain.decode(list(tokens), skip_special_tokens=True))
+
+    def piece(self, token: int) -> bytes:
+        """b"" for a number that the tokenizer does not use."""
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self._plain.id_to_token(token) or ""
+        if self._byte_level:
+            return b"".join(_LETTERS.get(letter, letter.encode()) for letter in piece)
+        if byte := _BYTE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        return piece.replace(_SPACE, " ").encode()
 
     def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
         """Raises RequestError when the base's template refuses the order of roles."""

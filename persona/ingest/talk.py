@@ -115,7 +115,9 @@ class Talk:
         body = say.understand(decode(packet.payload, object))
         if len(self._tasks) > MOST:
             raise Busy("Too many chats over MQTT at once; try again in a moment.", retry_after=5)
-        ask = chat_openai.understand(body, self._settings.prompt.max_reply_tokens)
+        ask = chat_openai.understand(body, self._chat.limits)
+        if ask.choices > 1:
+            raise RequestError("Over MQTT a request has one reply: leave n out.", code="unsupported_value", param="n")
         user = await self._users.get(name) if name.isascii() else None
         if user is None:
             raise NotFound("There is no user of that name.", code="user_not_found")
@@ -138,7 +140,7 @@ class Talk:
         head = chat_openai.head(reply, identity, created, self._base())
         if stream and gathered.text:
             await say.answer(chat_openai.chunk(head, {"content": gathered.text}))
-        await say.answer(chat_openai.completion(reply, head))
+        await say.answer(chat_openai.completion([reply], head, self._chat.spell))
 
     @staticmethod
     async def _gather(reply: Reply) -> Piece:

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from live import Live, Start
 
 from persona import chat_openai
+from persona.chat_sampling import Limits
 from persona.domain import Role
 from persona.engine.scripted import ScriptedEngine
 from persona.errors import RequestError
 from persona.wire import decode
 
 HI: dict[str, Any] = {"model": "persona", "messages": [{"role": "user", "content": "hi"}]}
+LIMITS = Limits(reply=100, vocab=1000)
 
 
 async def raw(live: Live, request: bytes, *, seconds: float = 5.0) -> bytes:
@@ -83,7 +85,8 @@ async def test_threat_16_deep_nesting_is_refused(live: Live, body: bytes) -> Non
     ("change", "param"),
     [
         ({"n": 10**9}, "n"),
-        ({"n": 10**30}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": -1}, "n"),
         ({"max_tokens": 10**9}, "max_tokens"),
         ({"max_completion_tokens": 10**20}, "max_completion_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -94,11 +97,24 @@ async def test_threat_16_deep_nesting_is_refused(live: Live, body: bytes) -> Non
         ({"stop": ["x"] * 1000}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": "x" * 10_000}, "stop"),
-        ({"logit_bias": {"5": 100}}, "logit_bias"),
-        ({"logprobs": True}, "logprobs"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"5": 100.5}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"the": 1}}, "logit_bias"),
+        ({"logit_bias": {"²": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"top_logprobs": 5}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e9}, "repetition_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1 << 63}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_p": -0.5}, "min_p"),
+        ({"response_format": "json"}, "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"modalities": ["audio"]}, "modalities"),
@@ -133,6 +149,8 @@ async def test_threat_16_a_million_messages_are_too_many(start: Start) -> None:
         {"logprobs": False, "top_logprobs": 0},
         {"presence_penalty": 0.0, "frequency_penalty": 0},
         {"logit_bias": {}},
+        {"repetition_penalty": 1, "top_k": -1, "min_p": 0},
+        {"logit_bias": None, "top_k": None, "min_p": None, "n": None},
         {"stop": None, "seed": None, "max_tokens": None, "stream": None, "store": None, "metadata": None},
         {"user": "me", "service_tier": "auto", "reasoning_effort": "low", "an_unknown_field": {"a": [1]}},
         {"metadata": {"anything": "else"}},
@@ -337,13 +355,14 @@ VALUES = st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leave
 def test_threat_16_any_extra_fields_are_ignored(extra: dict[str, Any]) -> None:
     extra = {f"x-{name}": value for name, value in extra.items()}
     body = msgspec.json.encode({**extra, **HI})
-    ask = chat_openai.understand(msgspec.json.decode(body, type=chat_openai.Completion), 100)
-    assert ask == chat_openai.understand(msgspec.json.decode(msgspec.json.encode(HI), type=chat_openai.Completion), 100)
+    ask = chat_openai.understand(msgspec.json.decode(body, type=chat_openai.Completion), LIMITS)
+    plain = msgspec.json.decode(msgspec.json.encode(HI), type=chat_openai.Completion)
+    assert ask == chat_openai.understand(plain, LIMITS)
 
 
 @given(st.sampled_from(sorted(chat_openai.Completion.__struct_fields__)), VALUES)
 def test_threat_16_any_value_of_a_known_field_is_taken_or_refused_by_name(name: str, value: Any) -> None:
     body = msgspec.json.encode({**HI, name: value})
     with contextlib.suppress(RequestError):
-        ask = chat_openai.understand(decode(body, chat_openai.Completion), 100)
+        ask = chat_openai.understand(decode(body, chat_openai.Completion), LIMITS)
         assert ask.messages[-1].role is Role.USER

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,16 +15,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 from live import Live, Start
-from models import Models
 
 import persona
 from persona import chat_ollama
-from persona.engine.client import LocalEngine
+from persona.chat_sampling import Limits
 from persona.engine.protocol import GenerateRequest
 from persona.engine.scripted import ScriptedEngine, ScriptedText
-from persona.engine.text import Text
 from persona.errors import Busy, EngineDown, PersonaError
-from persona.settings import Settings
 from persona.wire import decode
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -170,9 +167,18 @@ async def test_options_reach_the_engine_as_asked(live: Live) -> None:
     assert (sampling.stop, sampling.max_tokens) == (("\n", "END"), 9)
 
 
+async def test_every_option_of_sampling_reaches_the_engine(live: Live) -> None:
+    client = await live.ollama()
+    options = {"top_k": 40, "min_p": 0.05, "repeat_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5}
+    await client.chat("persona", HI, options=options)
+    asked = live.engine.requests[-1].sampling
+    assert (asked.top_k, asked.min_p, asked.repetition_penalty) == (40, 0.05, 1.1)
+    assert (asked.presence_penalty, asked.frequency_penalty) == (0.5, -0.5)
+
+
 async def test_options_that_only_a_loader_heeds_are_ignored(live: Live) -> None:
     client = await live.ollama()
-    options = {"num_ctx": 8192, "num_gpu": 99, "top_k": 40, "repeat_penalty": 1.1, "num_predict": -1, "mirostat": 0}
+    options = {"num_ctx": 8192, "num_gpu": 99, "repeat_last_n": 64, "num_predict": -1, "mirostat": 0}
     for keep_alive in ("5m", -1, 0):
         await client.chat("persona", HI, options=options, keep_alive=keep_alive, format="", logprobs=False)
     assert live.engine.requests[-1].sampling.max_tokens == live.services.settings.prompt.max_reply_tokens
@@ -235,11 +241,15 @@ async def test_what_is_no_thought_before_an_answer_is_not_lost(start: Start, tex
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"format": "json"}, "format"),
-        ({"format": {"type": "object"}}, "format"),
+        ({"format": "xml"}, "format"),
+        ({"format": 5}, "format"),
+        ({"format": {"type": "strin"}}, "type is not one"),
+        ({"format": "json", "tools": [LAMP]}, "format or tools"),
         ({"logprobs": True}, "logprobs"),
         ({"options": {"mirostat": 1}}, "options.mirostat"),
-        ({"options": {"presence_penalty": 0.5}}, "options.presence_penalty"),
+        ({"options": {"presence_penalty": 2.5}}, "options.presence_penalty"),
+        ({"options": {"repeat_penalty": -1}}, "options.repeat_penalty"),
+        ({"options": {"top_k": -5}}, "options.top_k"),
         ({"options": {"temperature": 9}}, "options.temperature"),
         ({"options": {"num_predict": 10**9}}, "options.num_predict"),
         ({"options": {"num_predict": 0}}, "options.num_predict"),
@@ -508,20 +518,6 @@ async def test_a_call_that_a_client_does_not_wait_for_is_no_history(start: Start
     assert await live.history() == [("user", "hi"), ("assistant", "Wait.")]
 
 
-@pytest.fixture
-async def tiny(start: Start, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Live]:
-    """The service over a real engine process, whose tiny model says nothing sensible."""
-    prepared = Models(tmp_path_factory.getbasetemp() / "models").prepared()
-    sections: Any = {"model": {"device": "cpu"}, "engine": {"context": 1024, "memory_mb": 64, "threads": 1}}
-    changed = {name: {**settings.model_dump()[name], **values} for name, values in sections.items()}
-    engine = LocalEngine(Settings.model_validate({**settings.model_dump(), **changed}), prepared)
-    await engine.start()
-    try:
-        yield await start(engine, tokenizer=Text.load(prepared.folder), prepared=prepared, **sections)
-    finally:
-        await engine.stop()
-
-
 async def test_a_real_engine_hears_of_tools_and_goes_on_after_their_results(tiny: Live) -> None:
     client = await tiny.ollama()
     (loaded,) = (await client.ps()).models
@@ -651,4 +647,4 @@ async def test_no_body_whatever_is_our_own_fault(live: Live) -> None:
 def test_any_value_of_a_known_field_is_taken_or_refused_by_name(name: str, value: Any) -> None:
     body = msgspec.json.encode({"model": "persona", "messages": HI, name: value})
     with contextlib.suppress(PersonaError):
-        assert chat_ollama.understand(decode(body, chat_ollama.Question), 100).messages
+        assert chat_ollama.understand(decode(body, chat_ollama.Question), Limits(100, 1000)).messages

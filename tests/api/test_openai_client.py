@@ -126,8 +126,8 @@ async def test_an_unknown_model_is_a_not_found_error(live: Live) -> None:
 async def test_a_value_that_is_not_served_is_a_bad_request(live: Live) -> None:
     client = await live.openai()
     with pytest.raises(openai.BadRequestError) as caught:
-        await client.chat.completions.create(model="persona", messages=HI, n=2)
-    assert (caught.value.code, caught.value.param) == ("unsupported_value", "n")
+        await client.chat.completions.create(model="persona", messages=HI, modalities=["audio"])
+    assert (caught.value.code, caught.value.param) == ("unsupported_value", "modalities")
 
 
 async def test_a_prompt_that_does_not_fit_is_a_bad_request_as_openai_has_it(start: Start) -> None:

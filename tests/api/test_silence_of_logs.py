@@ -17,6 +17,20 @@ from persona.errors import EngineDown
 from persona.settings import Log
 
 CANARY = "canary-5e1f"
+# Schemas that cannot be followed, with the canary wherever a library might quote it.
+_SCHEMAS: tuple[dict[str, Any], ...] = (
+    {"type": CANARY},
+    {"type": "string", "format": CANARY},
+    {"type": "string", "pattern": f"({CANARY}"},
+    {"type": "string", "pattern": f"(?={CANARY})"},
+    {"$ref": f"#/$defs/{CANARY}"},
+    {"$ref": f"http://{CANARY}/"},
+    {"type": "object", "properties": {CANARY: {"not": {"const": CANARY}}}},
+    {"type": "object", "properties": CANARY},
+    {"type": "object", "required": [CANARY], "additionalProperties": False},
+    {"enum": [CANARY], "type": "integer"},
+    {"patternProperties": {f"^{CANARY}.*b$": {}, f"^{CANARY}1.*b$": {}}},
+)
 
 
 @pytest.fixture(params=[True, False], ids=["json", "console"])
@@ -38,6 +52,14 @@ async def everything_that_can_go_wrong(live: Live, engine: ScriptedEngine) -> No
     await live.say(CANARY, tools=[{CANARY: 1}], status=400)
     await live.say(CANARY, metadata={"conversation_id": f"{CANARY} !"}, status=400)
     await live.say(CANARY, stop=[CANARY * 100], status=400)
+    await live.say(CANARY, logit_bias={CANARY: 1}, status=400)
+    await live.say(CANARY, response_format={"type": CANARY}, status=400)
+    for schema in _SCHEMAS:
+        form = {"type": "json_schema", "json_schema": {"name": CANARY, "schema": schema}}
+        await live.say(CANARY, response_format=form, status=400)
+    for change in ({"prompt": [CANARY, 5]}, {"prompt": "x", "suffix": CANARY}, {"prompt": "x", "echo": CANARY}):
+        body = {"model": "base", **change}
+        await live.call("POST", "/v1/completions", json=body, status=400)
     await live.say(CANARY, temperature=CANARY, status=400)
     await live.say("", messages=[{"role": CANARY, "content": CANARY}], status=400)
     await live.say("", messages=[user, {"role": "user", "content": [{"type": CANARY}]}], status=400)
@@ -72,7 +94,8 @@ async def everything_that_ollamas_clients_do_wrong(live: Live) -> None:
     good: dict[str, Any] = {"model": "persona", "messages": [user, call, {"role": "tool", "content": CANARY}]}
     await live.call("POST", "/api/chat", json={**good, "stream": False, "tools": [tool]})
     for change in (
-        {"format": {CANARY: 1}},
+        {"format": CANARY},
+        {"format": {"type": CANARY}},
         {"options": {"temperature": CANARY}},
         {"options": {"stop": [CANARY * 100]}},
         {"messages": [{"role": CANARY}]},

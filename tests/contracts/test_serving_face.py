@@ -93,6 +93,25 @@ async def test_targets_that_do_not_ascend_inside_the_tokens_are_refused(house: H
         await house.engine.score(ScoreRequest(PROMPT, targets))
 
 
+async def test_what_is_told_of_a_prompt_are_its_scores_with_alternatives(house: House) -> None:
+    request = ScoreRequest(PROMPT, [1, 3, 4], house.ref(house.user()), top=3)
+    told = await house.engine.tell(request)
+    assert [one.token for one in told] == [20, 40, 50]
+    assert [one.logprob for one in told] == pytest.approx(await house.engine.score(request), abs=0.05)
+    for one in told:
+        assert len(one.top) == 3
+        assert [value for _, value in one.top] == sorted((value for _, value in one.top), reverse=True)
+    assert [one.top for one in await house.engine.tell(ScoreRequest(PROMPT, [1, 2]))] == [[], []]
+    assert await house.engine.tell(ScoreRequest(PROMPT, [])) == []
+
+
+async def test_a_reply_tells_of_its_tokens_if_asked(house: House) -> None:
+    told = [one for chunk in await reply(house, 4, logprobs=2) for one in chunk.logprobs]
+    assert len(told) == 4
+    assert all(math.isfinite(one.logprob) and one.logprob <= 0 and len(one.top) == 2 for one in told)
+    assert [one for chunk in await reply(house, 4) for one in chunk.logprobs] == []
+
+
 async def test_scores_reach_an_adapter_that_was_never_staged(house: House) -> None:
     assert len(await house.engine.score(ScoreRequest(PROMPT, [1, 2], house.ref(house.user())))) == 2
 

@@ -1,10 +1,14 @@
-"""The next token: greedy, tempered, from a nucleus, and the same again for the same seed."""
+"""The next token: greedy, tempered, narrowed, penalised, and the same again for the same seed."""
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from persona.engine import sampler
 from persona.engine.protocol import Sampling
@@ -16,9 +20,10 @@ def logits() -> torch.Tensor:
     return torch.randn(50, generator=torch.Generator().manual_seed(1)) * 2
 
 
-def draws(logits: torch.Tensor, count: int, **options: float) -> list[int]:
-    one = Sampler(Sampling(**options))  # type: ignore[arg-type]
-    return [one.draw(logits) for _ in range(count)]
+def draws(logits: torch.Tensor, count: int, prompt: list[int] | None = None, **options: Any) -> list[int]:
+    """`count` tokens of one sequence, whose model always says the same."""
+    one = Sampler(Sampling(**options), prompt or [])
+    return [sampler.draw(logits.clone()[None], [one])[0] for _ in range(count)]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}])
@@ -53,7 +58,7 @@ def test_a_seeded_row_draws_the_same_whoever_stands_beside_it(logits: torch.Tens
     rows = torch.stack([logits.flip(0), logits, logits * 0.1])
     samplers = [Sampler(Sampling(temperature=t, seed=3)) for t in (1.0, 0.9, 0.0)]
     samplers[1] = Sampler(Sampling(temperature=0.9, top_p=0.9, seed=3))
-    together = [sampler.draw(rows, samplers) for _ in range(20)]
+    together = [sampler.draw(rows.clone(), samplers) for _ in range(20)]
     assert [tokens[1] for tokens in together] == alone
     assert {tokens[2] for tokens in together} == {int(logits.argmax())}
 
@@ -72,3 +77,194 @@ def test_draws_follow_the_probabilities(logits: torch.Tensor) -> None:
     counts = Counter(draws(logits, 4000, temperature=0.7, seed=2))
     mass = torch.softmax(logits / 0.7, -1)
     assert max(abs(counts[token] / 4000 - float(mass[token])) for token in range(50)) < 0.04
+
+
+# --- top-k and min-p
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 7, 50, 10**9])
+def test_top_k_draws_from_so_many_of_the_likeliest(logits: torch.Tensor, top_k: int) -> None:
+    drawn = draws(logits, 2000, temperature=3.0, top_k=top_k, seed=4)
+    assert set(drawn) <= set(logits.argsort(descending=True)[:top_k].tolist())
+    assert len(set(drawn)) == min(top_k, 50)
+
+
+@pytest.mark.parametrize("min_p", [0.01, 0.2, 1.0])
+def test_min_p_leaves_what_has_that_share_of_the_likeliest_tokens_probability(
+    logits: torch.Tensor, min_p: float
+) -> None:
+    mass = torch.softmax(logits, -1)
+    left = set((mass >= min_p * mass.max()).nonzero().flatten().tolist())
+    assert set(draws(logits, 3000, temperature=1.0, min_p=min_p, seed=4)) == left
+
+
+def test_the_nucleus_is_that_of_what_top_k_leaves() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    # Of the two that are left the first has 4/7: a nucleus of a half is the first alone.
+    assert set(draws(logits, 500, temperature=1.0, top_k=2, top_p=0.5, seed=1)) == {0}
+    assert set(draws(logits, 500, temperature=1.0, top_k=2, top_p=0.6, seed=1)) == {0, 1}
+    assert set(draws(logits, 500, temperature=1.0, top_p=0.5, seed=1)) == {0, 1}
+
+
+@pytest.mark.parametrize("size", [sampler.FIRST - 1, sampler.FIRST, sampler.FIRST + 1, 3 * sampler.FIRST])
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"top_p": 0.2},
+        {"top_p": 0.99},
+        {"top_p": 0.5, "top_k": sampler.FIRST},
+        {"top_p": 0.5, "top_k": sampler.FIRST + 1},
+        {"min_p": 0.999},
+        {"min_p": 0.01, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_what_is_kept_may_be_short_or_long(size: int, wishes: dict[str, Any]) -> None:
+    """A nearly even distribution, whose tokens from `kept` on are never drawn."""
+    logits = torch.linspace(0.05, 0, size)
+    mass = torch.softmax(logits, -1).double()
+    mass[mass < mass[0] * wishes.get("min_p", 0.0)] = 0
+    mass[wishes.get("top_k", size) :] = 0
+    kept = int((mass.cumsum(-1) - mass < wishes.get("top_p", 1.0) * mass.sum()).logical_and(mass > 0).sum())
+    drawn = draws(logits, 400, temperature=1.0, seed=2, **wishes)
+    assert max(drawn) < kept + 2  # one more where sums round otherwise
+    assert max(drawn) > kept * 0.95 - 2
+    assert min(drawn) < kept * 0.05 + 2
+
+
+def test_narrowing_a_draw_keeps_the_proportions_of_what_is_left(logits: torch.Tensor) -> None:
+    best = logits.argsort(descending=True)[:5]
+    counts = Counter(draws(logits, 4000, temperature=1.0, top_k=5, seed=2))
+    mass = torch.softmax(logits[best], -1)
+    assert all(abs(counts[int(t)] / 4000 - float(m)) < 0.04 for t, m in zip(best, mass, strict=True))
+
+
+# --- penalties and biases
+
+
+def slow(logits: torch.Tensor, said: list[int], prompt: list[int], sampling: Sampling) -> torch.Tensor:
+    """The definition, token by token."""
+    changed = logits.clone().double()
+    for token in range(len(logits)):
+        count = said.count(token)
+        if count or token in prompt:
+            by = sampling.repetition_penalty
+            changed[token] = changed[token] / by if changed[token] > 0 else changed[token] * by
+        changed[token] -= count * sampling.frequency_penalty + (count > 0) * sampling.presence_penalty
+    for token, value in sampling.logit_bias:
+        changed[token] += value
+    return changed
+
+
+@given(
+    said=st.lists(st.integers(0, 49), max_size=150),
+    prompt=st.lists(st.integers(0, 49), max_size=60),
+    frequency=st.sampled_from([0.0, -2.0, 0.5]),
+    presence=st.sampled_from([0.0, -1.0, 1.5]),
+    repetition=st.sampled_from([1.0, 0.5, 1.3]),
+    bias=st.dictionaries(st.integers(0, 49), st.floats(-100, 100, width=32), max_size=5),
+)
+def test_penalties_and_biases_are_those_of_the_definition(
+    said: list[int], prompt: list[int], frequency: float, presence: float, repetition: float, bias: dict[int, float]
+) -> None:
+    sampling = Sampling(
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        repetition_penalty=repetition,
+        logit_bias=tuple(bias.items()),
+    )
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 3
+    one, plain = Sampler(sampling, prompt), Sampler(Sampling())
+    for token in said:
+        one.took(token)
+    rows = torch.stack([logits, logits, logits.neg()])
+    sampler.draw(rows, [plain, one, plain])
+    assert torch.allclose(rows[1].double(), slow(logits, said, prompt, sampling), atol=1e-4)
+    assert torch.equal(rows[0], logits)
+    assert torch.equal(rows[2], -logits)
+
+
+def test_a_frequency_penalty_grows_with_every_time_and_a_presence_penalty_does_not() -> None:
+    logits = torch.tensor([3.0, 2.0, 0.0])
+    assert draws(logits, 6, frequency_penalty=0.4) == [0, 0, 0, 1, 0, 1]
+    assert draws(logits, 6, presence_penalty=1.5) == [0, 1, 0, 0, 0, 0]
+
+
+def test_frequency_and_presence_leave_the_prompt_alone_and_repetition_does_not() -> None:
+    logits = torch.tensor([3.0, 2.0, 0.0])
+    assert draws(logits, 1, [0, 0, 0], frequency_penalty=2.0, presence_penalty=2.0) == [0]
+    assert draws(logits, 1, [0], repetition_penalty=2.0) == [1]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 5}])
+def test_a_bias_forces_a_token_and_forbids_another(logits: torch.Tensor, options: dict[str, float]) -> None:
+    best = int(logits.argmax())
+    assert set(draws(logits, 50, logit_bias=((17, 100.0),), seed=1, **options)) == {17}
+    assert best not in draws(logits, 50, logit_bias=((best, -100.0),), seed=1, **options)
+
+
+# --- a row among others
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.9, "seed": 3},
+    {"temperature": 1.3, "top_p": 0.8, "seed": 4},
+    {"temperature": 1.0, "top_k": 9, "min_p": 0.02, "seed": 5},
+    {"frequency_penalty": 0.7, "presence_penalty": 0.3},
+    {"temperature": 1.1, "repetition_penalty": 1.4, "seed": 6},
+    {"temperature": 0.8, "top_k": 3, "logit_bias": ((4, 3.0), (9, -100.0)), "seed": 7},
+]
+
+
+@given(st.permutations(range(len(KINDS))), st.integers(1, len(KINDS)))
+def test_a_row_is_drawn_as_alone_whatever_kinds_stand_beside_it(order: list[int], size: int) -> None:
+    rows = torch.randn(len(KINDS), 50, generator=torch.Generator().manual_seed(8)) * 2
+    chosen = order[:size]
+    alone = {kind: draws(rows[kind], 12, [1, 2, 3], **KINDS[kind]) for kind in chosen}
+    samplers = [Sampler(Sampling(**KINDS[kind]), [1, 2, 3]) for kind in chosen]
+    together = [sampler.draw(rows[chosen], samplers) for _ in range(12)]
+    assert {kind: [tokens[place] for tokens in together] for place, kind in enumerate(chosen)} == alone
+
+
+class Operations(TorchDispatchMode):
+    """Writes down every operation of torch and how many values it makes; one in place makes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        made = result[0] if isinstance(result, tuple) else result
+        self.seen.append((name, 0 if name.endswith("_") else made.numel()))
+        return result
+
+
+def operations(kinds: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    samplers = [Sampler(Sampling(**kind), [1, 2, 3]) for kind in kinds]
+    rows = torch.randn(len(kinds), 5000)
+    for one in samplers:
+        one.took(7)
+    with Operations() as mode:
+        sampler.draw(rows, samplers)
+    return mode.seen
+
+
+def test_greedy_rows_that_ask_for_nothing_cost_one_argmax() -> None:
+    assert operations([{}] * 8) == [("aten::argmax", 8)]
+
+
+def test_the_number_of_operations_does_not_grow_with_the_rows() -> None:
+    few, many = operations(KINDS), operations(KINDS * 9)
+    assert [name for name, _ in few] == [name for name, _ in many]
+
+
+def test_rows_that_ask_for_nothing_cost_nothing_beside_one_that_does() -> None:
+    alone, beside = operations([KINDS[5]]), operations([KINDS[5], *[{}] * 20])
+    assert [seen for seen in beside if seen[0] != "aten::argmax"] == [s for s in alone if s[0] != "aten::argmax"]
+
+
+def test_penalties_touch_the_tokens_that_were_said_and_no_others() -> None:
+    touched = operations([{"frequency_penalty": 1.0, "repetition_penalty": 1.2}])
+    assert max(size for name, size in touched if name != "aten::argmax") <= 4

@@ -44,6 +44,21 @@ def test_text_comes_back_from_its_tokens(text: Text, sample: str) -> None:
     assert text.decode(text.encode(sample)) == sample
 
 
+@pytest.mark.parametrize("sample", TEXTS)
+def test_the_pieces_of_tokens_are_the_bytes_of_their_text(text: Text, sample: str) -> None:
+    assert b"".join(text.piece(token) for token in text.encode(sample)) == sample.encode()
+
+
+def test_pieces_with_byte_fallback_are_the_bytes_of_their_text() -> None:
+    text, sample = _byte_fallback(), "the quick 你 👍"
+    assert b"".join(text.piece(token) for token in text.encode(sample)).decode().strip() == sample
+
+
+def test_a_special_token_is_spelled_out_and_an_unused_number_is_nothing(text: Text) -> None:
+    assert text.piece(1) == b"<|im_start|>"
+    assert text.piece(text.vocab) == b""
+
+
 @pytest.mark.parametrize("special", SPECIAL)
 def test_threat_29_a_special_token_in_a_message_stays_text(text: Text, special: str) -> None:
     tokens = text.encode(f"before {special} after")

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jobs.trainer import Trainer
 from persona.engine import adapter_file, branches, lora, protocol
 from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
+from persona.engine.grammar import Grammars
 from persona.engine.loop import EngineLoop
 from persona.engine.pages import PagePool
 from persona.engine.protocol import (
@@ -76,7 +78,7 @@ class Bench:
             prefill_tokens=prefill,
             ready=self.tiers.ready,
         )
-        health = Health(self.prepared.base, "tiny", "cpu", weights, context)
+        health = Health(self.prepared.base, "tiny", "cpu", weights, context, self.shape.vocab)
         self.loop = EngineLoop(
             scheduler=self.scheduler,
             runner=Runner(self.decoder, self.cache),
@@ -86,6 +88,7 @@ class Bench:
             score=lambda wanted: branches.scores(self.decoder, wanted, prefill),
             about=lambda: health,
             eos=eos,
+            grammars=grammars(self.prepared.folder, self.shape.vocab),
             patience=patience,
             clock=clock,
             send=lambda reply: self.answers.setdefault(reply.id, []).append(reply),
@@ -116,6 +119,10 @@ class Bench:
     def score(self, tokens: list[int], adapter: AdapterRef | None = None, targets: list[int] | None = None) -> int:
         wanted = list(range(1, len(tokens))) if targets is None else targets
         return self.ask(lambda job: protocol.Score(job, protocol.ScoreRequest(tokens, wanted, adapter)))
+
+    def tell(self, tokens: list[int], top: int, adapter: AdapterRef | None = None) -> int:
+        request = protocol.ScoreRequest(tokens, list(range(1, len(tokens))), adapter, top)
+        return self.ask(lambda job: protocol.Score(job, request))
 
     def score_all(self, requests: list[protocol.ScoreRequest]) -> int:
         return self.ask(lambda job: protocol.ScoreAll(job, requests))
@@ -170,6 +177,11 @@ class Bench:
         job = self.generate(tokens, adapter, count, **options)
         self.finish()
         return self.text(job)
+
+
+@lru_cache
+def grammars(folder: Path, vocab: int) -> Grammars:
+    return Grammars((folder / "tokenizer.json").read_text(encoding="utf-8"), vocab, frozenset({0}))
 
 
 def projections(bench: Bench) -> list[Projection]:
