@@ -165,10 +165,12 @@ def finish_reason(reply: Reply) -> str:
     return _FINISH[reply.finish or Finish.ABORT]
 
 
-def usage(replies: Sequence[Reply]) -> dict[str, int]:
-    """Of all choices together; they have one prompt."""
+def usage(replies: Sequence[Reply]) -> dict[str, Any]:
+    """Of all choices together; they have one prompt, and the first of them says what the prefix cache had of it."""
     prompt, made = len(replies[0].sheet.prompt.rendered.tokens), sum(reply.tokens for reply in replies)
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    found = {"cached_tokens": replies[0].cached}
+    whole = prompt + made
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": whole, "prompt_tokens_details": found}
 
 
 def error_body(error: PersonaError) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Reply:
         self.sheet = sheet
         self.recorded = sheet.recorded
         self.tokens = 0
+        self.cached = 0  # tokens of the prompt that needed no computing
         self.first: float | None = None  # time of the event loop at the first token
         self.calls: list[Call] = []
         self.logprobs: list[TokenLogprob] = []
@@ -127,6 +128,7 @@ class Reply:
 
     def hear(self, chunk: Chunk) -> None:
         self.tokens = max(self.tokens, chunk.tokens)
+        self.cached = max(self.cached, chunk.cached)
         self.first = self.first or asyncio.get_running_loop().time()
         self.logprobs += chunk.logprobs
         self._deliver(self._ear.hear(chunk.text) if self._ear else Heard(chunk.text), tuple(chunk.logprobs))

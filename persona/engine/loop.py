@@ -487,7 +487,7 @@ class EngineLoop:
             text += tail if stopped else tail + ended.stops.flush()
             finish = "stop" if stopped and finish == "length" else finish
         beside = ended.margin.show(len(text)) if stopped else ended.margin.rest()
-        self._send(Piece(job, Chunk(text, ended.generated, finish, error, beside)))
+        self._send(Piece(job, Chunk(text, ended.generated, finish, error, beside, ended.sequence.cached)))
 
     def _remove(self, job: int) -> _Generation | _Scoring:
         ended = self._jobs.pop(job)

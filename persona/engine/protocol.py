@@ -72,6 +72,7 @@ class Chunk(msgspec.Struct, frozen=True):
     finish: str | None = None
     error: str | None = None
     logprobs: list[TokenLogprob] = []
+    cached: int = 0  # in the last one: tokens of the prompt that the prefix cache had
 
 
 class ScoreRequest(msgspec.Struct, frozen=True):

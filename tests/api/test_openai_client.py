@@ -222,3 +222,15 @@ async def test_sampling_reaches_the_engine_as_asked(live: Live) -> None:
     sampling = live.engine.requests[-1].sampling
     assert (sampling.temperature, sampling.top_p, sampling.seed) == (0.25, 0.5, 7)
     assert (sampling.stop, sampling.max_tokens) == (("\n", "END"), 9)
+
+
+async def test_usage_tells_what_the_prefix_cache_had(tiny: Live) -> None:
+    client = await tiny.openai()
+    first = await client.chat.completions.create(model="persona", messages=HI, max_tokens=3)
+    said = {"role": "assistant", "content": "One two three."}
+    messages: Any = [*HI, said, {"role": "user", "content": "And then?"}]
+    second = await client.chat.completions.create(model="persona", messages=messages, max_tokens=3)
+    found = [one.usage.prompt_tokens_details.cached_tokens for one in (first, second)]  # type: ignore[union-attr]
+    assert found[0] == 0
+    assert 0 < found[1] < first.usage.prompt_tokens  # type: ignore[operator, union-attr]
+    assert found[1] % 32 == 0  # whole pages
