@@ -1,12 +1,14 @@
 """The whole service as a fixture: real HTTP on a free port, real SQLite in a temporary folder, a scripted engine."""
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import structlog
 from live import Live, Start
 
 from persona import app
@@ -14,6 +16,15 @@ from persona.domain import ChatTokenizer
 from persona.engine.prepare import Prepared
 from persona.engine.scripted import ScriptedEngine, ScriptedText
 from persona.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A test that runs a command logs to a stream that closes with it: nobody after it does."""
+    before, handlers = structlog.get_config(), logging.root.handlers[:]
+    yield
+    structlog.configure(**before)
+    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from live import Start
 from models import Models
 from typer.testing import CliRunner, Result
@@ -51,7 +50,6 @@ def persona(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     yield Command(home)
     assert not list(tmp_path.glob("persona-*")), "a private service left its home behind"
-    structlog.reset_defaults()
 
 
 class Command:

@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 import people as files
 import pytest
-import structlog
 from models import Models
 from typer.testing import CliRunner, Result
 
@@ -49,7 +48,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def persona(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Command"]:
     monkeypatch.setenv("PERSONA_CACHE", str(home / "cache"))
     yield Command(home)
-    structlog.reset_defaults()
 
 
 class Command:
