@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -45,9 +44,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def persona(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Command"]:
+def persona(home: Path, monkeypatch: pytest.MonkeyPatch) -> "Command":
     monkeypatch.setenv("PERSONA_CACHE", str(home / "cache"))
-    yield Command(home)
+    return Command(home)
 
 
 class Command:
