@@ -4,7 +4,7 @@
             loader thread               loader thread
 
 None is named at start: a request names its version by path and checksum. What is not on the device is loaded by a
-thread of its own while steps go on; the request waits for it outside the scheduler. Popular ones stay: what was used
+thread of its own while steps go on; the request keeps its place in the waiting room. Popular ones stay: what was used
 often and lately, and among equals what is dearer to get back (from disk, not from host). Versions in use by a sequence
 never leave.
 """

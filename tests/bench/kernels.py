@@ -17,8 +17,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from persona.engine import decoder, prepare, quantize
+from persona.engine import decoder, prepare, quantize, sampler
 from persona.engine.decoder import Decoder
+from persona.engine.protocol import Sampling
+from persona.engine.sampler import Sampler
 from persona.engine.weights import Int4, Projection, compute_dtype
 from persona.settings import Settings
 
@@ -64,6 +66,39 @@ def small_products() -> None:
             timed(lambda a=a, b=b, x=x, y=y: y.add_(torch.matmul(torch.matmul(x.to(a.dtype), a), b).squeeze(1)), 200), 4
         )
     report("adapter product of one row, ms", **found)
+
+
+@torch.no_grad()
+def added_products() -> None:
+    """An adapter of rank 2 for each of so many rows: two products and an addition, or added by the second product."""
+    found = {}
+    for rows in (1, 8, 32):
+        x, y = torch.randn(rows, 576), torch.randn(rows, 960)
+        a, b = torch.randn(rows, 576, 2), torch.randn(rows, 2, 960)
+
+        def apart(x: torch.Tensor = x, y: torch.Tensor = y, a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            y[0 : len(x)] += torch.matmul(torch.matmul(x[0 : len(x)].unsqueeze(1).to(b.dtype), a), b).squeeze(1)
+
+        def added(x: torch.Tensor = x, y: torch.Tensor = y, a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            y.unsqueeze(1).baddbmm_(torch.bmm(x.unsqueeze(1), a), b)
+
+        found[str(rows)] = [rounded(timed(work, 2000), 4) for work in (apart, added)]
+    report("adapters of so many rows, ms: apart, added", **found)
+
+
+def draw() -> None:
+    """The next token of 32 rows over the embedded model's vocabulary, by what the rows ask for."""
+    kinds = {
+        "greedy": Sampling(),
+        "temperature": Sampling(temperature=1.0),
+        "top_p": Sampling(temperature=1.0, top_p=0.9),
+        "penalties": Sampling(frequency_penalty=0.5, repetition_penalty=1.1),
+    }
+    logits, found = torch.randn(32, 49_152) * 4, {}
+    for name, sampling in kinds.items():
+        samplers = [Sampler(sampling, range(200)) for _ in range(32)]
+        found[name] = rounded(timed(lambda samplers=samplers: sampler.draw(logits.clone(), samplers), 30))
+    report("draw for 32 rows, ms", **found, copy_of_logits=rounded(timed(logits.clone, 30)))
 
 
 def few_rows() -> None:
@@ -125,6 +160,8 @@ def main() -> None:
     for name, measure in {
         "new shapes": new_shapes,
         "small products": small_products,
+        "added products": added_products,
+        "draw": draw,
         "few rows": few_rows,
         "step": step,
     }.items():
