@@ -8,19 +8,16 @@ in 8.5.
 import asyncio
 import re
 import unicodedata
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import msgspec
 
-from persona import prompt
-from persona.domain import ChatTokenizer, Finish, Message, Role
+from jobs import asking
+from persona.domain import ChatTokenizer
 from persona.engine.faces import Serving
-from persona.engine.protocol import AdapterRef, Chunk, GenerateRequest, Sampling
-from persona.errors import EngineDown
+from persona.engine.protocol import AdapterRef, Sampling
 from persona.settings import Settings
 
 QUESTIONS = Path(__file__).with_name("questions.json")
@@ -63,7 +60,8 @@ async def answered(
 
     async def right(question: Question) -> bool:
         async with free:
-            return question.answered_by(await _reply(engine, _request(question, tokenizer, adapter, settings)))
+            asked = asking.request(question.ask, SAMPLING, adapter, tokenizer=tokenizer, settings=settings)
+            return question.answered_by((await asking.reply(engine, asked)).text)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -71,34 +69,6 @@ async def answered(
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
     return [task.result() for task in asked]
-
-
-def _request(
-    question: Question, tokenizer: ChatTokenizer, adapter: AdapterRef | None, settings: Settings
-) -> GenerateRequest:
-    """The prompt that serving composes for somebody without a history."""
-    composed = prompt.compose(
-        system=settings.prompt.system,
-        recent=(),
-        conversation=[Message(Role.USER, question.ask)],
-        retrieved=(),
-        tokenizer=tokenizer,
-        budget=prompt.Budget(total=settings.engine.context - SAMPLING.max_tokens, recent=0, retrieved=0),
-    )
-    return GenerateRequest(composed.rendered.tokens, SAMPLING, adapter, adapter.user_id if adapter else 0)
-
-
-async def _reply(engine: Serving, request: GenerateRequest) -> str:
-    """The whole text. Raises EngineDown for a reply that was broken off: it says nothing about the adapter."""
-    said = []
-    async with aclosing(cast(AsyncGenerator[Chunk], engine.generate(request))) as chunks:
-        async for chunk in chunks:
-            said.append(chunk.text)
-            if chunk.finish in (Finish.STOP, Finish.LENGTH):
-                return "".join(said)
-            if chunk.finish is not None:
-                raise EngineDown(chunk.error or "The engine broke the reply off; try again.")
-    raise EngineDown("The engine ended the reply without a reason; try again.")
 
 
 def _folded(text: str) -> str:

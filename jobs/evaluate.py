@@ -1,10 +1,13 @@
 """The gate: does a candidate predict its user better than what serves now, and still talk like an assistant?
 
 Each held-out message is scored as the user's turn, under the prompt that serving would build for it, each version with
-its own watermark. What is judged was absorbed by neither side, and whatever is not a finite number is refused.
+its own watermark. What is judged was absorbed by neither side, and whatever is not a finite number is refused. The
+assistant is judged twice, on neutral answers (drift) and on what the bare base itself would reply (forgetting): plain
+answers may become likelier while what the base knows goes.
 
-Cost: per side about SCORED_TOKENS, and the system text and own words of each message; then the reference set under two
-models. At 2 ms a token that is one minute on a small CPU. More held-out messages get shorter prompts, not more time.
+Cost: per side about SCORED_TOKENS, and the system text and own words of each message; then the reference set and the
+base's replies to it under two models. At 2 ms a token that is one minute on a small CPU. More held-out messages get
+shorter prompts, not more time.
 """
 
 import asyncio
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jobs.dataset import TARGET_TOKENS, HeldOut
+from jobs.rehearsal import Rehearsal
 from persona import frames, prompt
 from persona.domain import ChatTokenizer, Entry, EntryId, Message, Role, Version
 from persona.engine.faces import Serving
@@ -41,6 +45,7 @@ class Verdict:
     loss_before: float
     loss_after: float
     drift: float  # of the loss on the reference set, relative to the bare base
+    forgetting: float  # nats per token by which the bare base's own replies became less likely
     messages: int
     tokens: int
 
@@ -79,34 +84,37 @@ async def gate(
     serving: Version | None,
     held_out: Sequence[HeldOut],
     recent: Sequence[Entry],
+    rehearsal: Rehearsal,
     settings: Settings,
     context: int = 4096,
 ) -> Verdict:
     """Judge `candidate` against `serving` (None: the bare base) on `held_out`.
 
     recent: entries that prompts may quote, ascending · context: tokens that a sequence may have. Raises AdapterError if
-    a file cannot be served, Busy if the engine cannot score now.
+    a file cannot be served, Busy if the engine cannot score or generate now.
     """
     after_side, before_side = side(candidate), side(serving)
     scorer = Scorer(engine, tokenizer, held_out, recent, settings, context)
     after = await scorer.messages(after_side)
     before = await scorer.messages(before_side)
-    return judge(before, after, await scorer.drift(after_side.adapter), settings)
+    return judge(before, after, await scorer.cost(after_side.adapter, rehearsal), settings)
 
 
-async def drift(engine: Serving, tokenizer: ChatTokenizer, adapter: AdapterRef, settings: Settings) -> float:
-    """Relative increase of the loss on the reference set under `adapter`, to the bare base; NaN if it has none."""
-    return await Scorer(engine, tokenizer, (), (), settings, settings.engine.context).drift(adapter)
+async def cost(
+    engine: Serving, tokenizer: ChatTokenizer, adapter: AdapterRef, rehearsal: Rehearsal, settings: Settings
+) -> "Cost":
+    """What the assistant pays for `adapter`."""
+    return await Scorer(engine, tokenizer, (), (), settings, settings.engine.context).cost(adapter, rehearsal)
 
 
-def judge(before: Sequence[Loss], after: Sequence[Loss], drift: float, settings: Settings) -> Verdict:
+def judge(before: Sequence[Loss], after: Sequence[Loss], cost: "Cost", settings: Settings) -> Verdict:
     """The verdict on two scorings of the same messages."""
     gain = np.array([old.nats - new.nats for old, new in zip(before, after, strict=True)])
     tokens = sum(loss.tokens for loss in after)
     p_better = better(gain) if np.isfinite(gain).all() else 0.0
     loss_before, loss_after = _mean(before), _mean(after)
-    keep, reason = _decide(p_better, loss_before, loss_after, drift, settings)
-    return Verdict(keep, reason, p_better, loss_before, loss_after, drift, len(after), tokens)
+    keep, reason = _decide(p_better, loss_before, loss_after, cost, settings)
+    return Verdict(keep, reason, p_better, loss_before, loss_after, cost.drift, cost.forgetting, len(after), tokens)
 
 
 def better(gain: np.ndarray[Any, np.dtype[np.float64]]) -> float:
@@ -119,10 +127,10 @@ def better(gain: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 
 def _decide(
-    p_better: float, loss_before: float, loss_after: float, drift: float, settings: Settings
+    p_better: float, loss_before: float, loss_after: float, cost: "Cost", settings: Settings
 ) -> tuple[bool, str]:
     learning = settings.learning
-    if not all(map(math.isfinite, (loss_before, loss_after, drift))):
+    if not all(map(math.isfinite, (loss_before, loss_after, cost.drift, cost.forgetting))):
         return False, "A score was not finite; the version is broken."
     change = f"{loss_before:.3f} → {loss_after:.3f} nats per token"
     if p_better < learning.keep_probability:
@@ -130,9 +138,31 @@ def _decide(
             False,
             f"Not surely better: {change}, P(better) {p_better:.2f}; {learning.keep_probability:.2f} is needed.",
         )
-    if drift > learning.max_drift:
-        return False, f"Drift {drift:.2%} on the reference set; {learning.max_drift:.2%} is allowed."
-    return True, f"Better: {change}, P(better) {p_better:.2f}, drift {drift:.2%}."
+    if objection := cost.objection(settings):
+        return False, objection
+    return True, f"Better: {change}, P(better) {p_better:.2f}, {cost}."
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an adapter costs the assistant: of the loss on the reference set, relative to the bare base, NaN if that
+    has none; and nats per token by which the base's own replies became less likely."""
+
+    drift: float
+    forgetting: float
+
+    def __str__(self) -> str:
+        return f"drift {self.drift:.2%}, forgetting {self.forgetting:.3f} nats per token"
+
+    def objection(self, settings: Settings) -> str | None:
+        """Why the adapter may not serve, as a sentence. What is not a number may not."""
+        learning = settings.learning
+        if not self.drift <= learning.max_drift:
+            return f"Drift {self.drift:.2%} on the reference set; {learning.max_drift:.2%} is allowed."
+        if not self.forgetting <= learning.max_forgetting:
+            allowed = f"{learning.max_forgetting:.3f} are allowed (learning.max_forgetting)"
+            return f"The base's own replies became less likely by {self.forgetting:.3f} nats per token; {allowed}."
+        return None
 
 
 class Scorer:
@@ -162,9 +192,11 @@ class Scorer:
         framed = [await asyncio.to_thread(self._turn, message, side.watermark) for message in self._held_out]
         return await self._losses(framed, side.adapter)
 
-    async def drift(self, adapter: AdapterRef | None) -> float:
-        neutral = await self.reference(None)
-        return await self.reference(adapter) / neutral - 1 if neutral else math.nan
+    async def cost(self, adapter: AdapterRef | None, rehearsal: Rehearsal) -> Cost:
+        neutral, own = await self.reference(None), await rehearsal.replies([ask for ask, _ in reference()])
+        drift = await self.reference(adapter) / neutral - 1 if neutral else math.nan
+        before, after = await self._losses(own, None), await self._losses(own, adapter)
+        return Cost(drift, _mean(after) - _mean(before))
 
     async def reference(self, adapter: AdapterRef | None) -> float:
         """Loss per token on the reference answers."""

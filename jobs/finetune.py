@@ -19,9 +19,10 @@ import msgspec
 import structlog
 
 from jobs import dataset, evaluate, live, plans, recovery, retention
+from jobs.rehearsal import Rehearsal
 from persona.domain import ChatTokenizer, EntryId, Run, RunState, User, UserId, Version, VersionState
 from persona.engine.faces import Engine
-from persona.engine.protocol import AdapterRef, Plan, Progress, TrainRequest, ref
+from persona.engine.protocol import Progress, TrainRequest, ref
 from persona.errors import AdapterError, NotFound, PersonaError, TrainingFailed
 from persona.settings import Settings
 from storage.adapters import Adapters
@@ -69,6 +70,7 @@ class Finetune:
         self._tokenizer = tokenizer
         self.base_hash = base_hash
         self.clock = clock
+        self.rehearsal = Rehearsal(engine, tokenizer, settings, base_hash)
         self._prior = plans.prior(settings.learning)  # before a first version
         self.progress: dict[UserId, Progress] = {}
         self._leaving = False
@@ -189,11 +191,12 @@ class Finetune:
         ]
         await self._runs.set_examples(run.id, rows)
         wanted = plans.plan(self._settings.learning, data.passes)
+        own = [sample.example for sample in data.examples]
+        rehearsed = await self.rehearsal.examples(own, data.watermark)
         folder = await self._adapters.workspace(run.user_id)
         try:
-            last = await self._follow(
-                run, self._request(folder, kept, wanted, ref(start) if start else self._prior, data)
-            )
+            first = ref(start) if start else self._prior
+            last = await self._follow(run, TrainRequest([*own, *rehearsed], wanted, str(folder), first, str(kept)))
         except BaseException:
             await asyncio.shield(self._adapters.discard(folder))
             raise
@@ -214,11 +217,6 @@ class Finetune:
             },
             plan=msgspec.to_builtins(wanted),
         )
-
-    @staticmethod
-    def _request(folder: Path, kept: Path, plan: Plan, start: AdapterRef | None, data: dataset.Dataset) -> TrainRequest:
-        examples = [sample.example for sample in data.examples]
-        return TrainRequest(examples, plan, str(folder), start, str(kept))
 
     async def _follow(self, run: Run, request: TrainRequest) -> Progress:
         """Train to the end; returns the last progress."""
@@ -243,6 +241,7 @@ class Finetune:
                 serving=serving,
                 held_out=data.held_out,
                 recent=data.recent,
+                rehearsal=self.rehearsal,
                 settings=self._settings,
                 context=await self._context(),
             )

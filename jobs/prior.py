@@ -12,6 +12,7 @@ import numpy as np
 
 from jobs import dataset
 from jobs.plans import plan
+from jobs.rehearsal import Rehearsal
 from persona.domain import ChatTokenizer, Entry
 from persona.engine.faces import Training
 from persona.engine.protocol import Example, Progress, TrainRequest
@@ -42,8 +43,11 @@ def examples(
     return [found[i] for i in np.random.default_rng(SEED).permutation(len(found))]
 
 
-async def train(engine: Training, some: list[Example], settings: Settings, out: Path) -> AsyncIterator[Progress]:
-    """Write adapter.safetensors into the folder `out`."""
+async def train(
+    engine: Training, rehearsal: Rehearsal, some: list[Example], settings: Settings, out: Path
+) -> AsyncIterator[Progress]:
+    """Write adapter.safetensors into the folder `out`; the base's own replies are rehearsed as in a user's run."""
+    rehearsed = await rehearsal.examples(some, SEED)
     wanted = plan(settings.learning.model_copy(update={"max_run_tokens": 0}), settings.learning.passes)
-    async for progress in engine.train(TrainRequest(some, wanted, str(out))):
+    async for progress in engine.train(TrainRequest([*some, *rehearsed], wanted, str(out))):
         yield progress

@@ -67,6 +67,9 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
     drift = [result.reference["adapter"] / result.reference["base"] - 1 for result in results if result.reference]
     if drift:
         found["reference_drift"] = {"mean": float(np.mean(drift)), "worst": max(drift)}  # P4
+    forgot = [result.replies["adapter"] - result.replies["base"] for result in results if result.replies]
+    if forgot:
+        found["forgetting"] = {"mean": float(np.mean(forgot)), "worst": max(forgot)}  # nats per token
     for part in ("recognised", "answered"):
         names = sorted({name for result in results for name in getattr(result, part)})
         if names:
@@ -85,7 +88,8 @@ def as_dict(result: Result) -> dict[str, Any]:
     about |= {"held_out_tokens": sum(result.lengths), "conditions": conditions, "context_is": result.chosen}
     about["gain"] = gain(result, "context", "adapter_context")
     about["gain_interval"] = list(interval(result, "context", "adapter_context"))
-    about |= {"reference": result.reference, "recognised": result.recognised, "answered": result.answered}
+    about |= {"reference": result.reference, "replies": result.replies}
+    about |= {"recognised": result.recognised, "answered": result.answered}
     about |= {"curve": result.curve, "bytes": result.bytes, "seconds": result.seconds}
     about["messages"] = {"tokens": result.lengths, "nats": result.nats}
     return about

@@ -12,7 +12,7 @@ at a time, is as long as the user's own words. Beginnings that the examples of a
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,10 @@ class Pack:
     def weight(self) -> float:
         return sum(e.weight * len(e.targets) for e in self.examples)
 
+    @property
+    def distil(self) -> bool:
+        return self.examples[0].distil
+
 
 def packs(examples: list[Example], size: int) -> list[Pack]:
     """Fill packs of at most `size` nodes in order; a longer example stands alone."""
@@ -75,7 +79,15 @@ def batches(examples: list[Example], plan: Plan) -> list[list[Pack]]:
             room = plan.batch_tokens
         steps[-1].append(example)
         room -= len(example.targets)
-    return [packs(step, plan.slice_tokens) for step in steps]
+    apart = ([[e for e in step if e.distil is kind] for kind in (False, True)] for step in steps)
+    return [[pack for some in kinds for pack in packs(some, plan.slice_tokens)] for kinds in apart]
+
+
+def _even(order: list[int], apart: Callable[[int], bool]) -> list[int]:
+    """`order`, those `apart` spread evenly among the others: every step then has its share of both."""
+    kinds = [i for i in order if not apart(i)], [i for i in order if apart(i)]
+    places = [((n + 1) / (len(kind) + 1), i) for kind in kinds for n, i in enumerate(kind)]
+    return [i for _, i in sorted(places, key=lambda place: place[0])]
 
 
 def _check(examples: list[Example], vocab: int) -> None:
@@ -142,12 +154,16 @@ class Trainer:
     def _advance(self, optimizer: "_AdamW", at: Progress) -> Generator[None, None, Progress]:
         """One optimizer step after `at`. Raises TrainingFailed if it shows that the run is lost."""
         step, batch = at.step + 1, self._batches[at.step]
-        weight, loss = sum(pack.weight for pack in batch), 0.0
+        weight, own, rehearsed = sum(pack.weight for pack in batch), 0.0, 0.0
         for pack in batch:
-            loss += yield from self._pack(pack, weight)
-        self._first = min(self._first, loss) if step == 1 else self._first
+            part = yield from self._pack(pack, weight)
+            own, rehearsed = (own, rehearsed + part) if pack.distil else (own + part, rehearsed)
+        words = sum(pack.weight for pack in batch if not pack.distil)
+        # What is told and watched is the loss of words; a step without any has that of the step before.
+        loss = own * weight / words if words else at.loss if math.isfinite(at.loss) else rehearsed
+        self._first = loss if words and math.isinf(self._first) and math.isfinite(loss) else self._first
         sound = yield from self._update(optimizer, step, at.steps)
-        skipped = at.skipped + (not (sound and math.isfinite(loss)))
+        skipped = at.skipped + (not (sound and math.isfinite(own + rehearsed)))
         self._watch(loss, self._first, skipped)
         seen = at.tokens + sum(pack.tokens for pack in batch)
         return protocol.replace(at, step=step, loss=loss, tokens=seen, skipped=skipped)
@@ -158,9 +174,9 @@ class Trainer:
         made: list[list[Pack]] = []
         budget = self._plan.max_tokens or math.inf
         for _ in range(self._plan.passes):
-            order = torch.randperm(len(examples), generator=random).tolist()
+            order = _even(torch.randperm(len(examples), generator=random).tolist(), lambda i: examples[i].distil)
             for batch in batches([examples[i] for i in order], self._plan):
-                if (budget := budget - sum(p.tokens for p in batch)) < 0:
+                if (budget := budget - sum(p.tokens for p in batch if not p.distil)) < 0:
                     return made
                 made.append(batch)
         return made
@@ -204,7 +220,8 @@ class Trainer:
             if layer < first:
                 run.kept.clear()
             yield
-        loss, gradient = yield from self._head(h[own.rows], pack, weight, own)
+        taught = (yield from self._bare(pack))[own.rows] if pack.distil else None
+        loss, gradient = yield from self._head(h[own.rows], taught, pack, weight, own)
         for layer in range(decoder.shape.layers - 1, first - 1, -1):
             with torch.enable_grad():
                 border = borders.pop().requires_grad_()
@@ -215,10 +232,25 @@ class Trainer:
             yield
         return loss
 
+    def _bare(self, pack: Pack) -> Generator[None, None, torch.Tensor]:
+        """What the bare base makes of a pack: [rows, hidden]."""
+        run = Branches(self._decoder, pack.forest.whole(), lambda layer, target: None)
+        with torch.no_grad():
+            h = self._decoder.embedded(run.tokens)
+        for layer in range(self._decoder.shape.layers):
+            with torch.no_grad():
+                h = self._decoder.layer(layer, h, run)
+            yield
+        return h
+
     def _head(
-        self, h: torch.Tensor, pack: Pack, weight: float, own: "_Own"
+        self, h: torch.Tensor, taught: torch.Tensor | None, pack: Pack, weight: float, own: "_Own"
     ) -> Generator[None, None, tuple[float, torch.Tensor]]:
-        """Weighted loss over the targets and its gradient for h, a chunk of targets a slice."""
+        """Weighted loss over the targets and its gradient for h, a chunk of targets a slice.
+
+        h, taught: [rows, hidden]. The loss is the cross-entropy of the token, or, where the base's `taught` is given,
+        the divergence from its distribution.
+        """
         rows, wanted, weights = own.targets(pack)
         gradient = torch.zeros_like(h)
         loss = 0.0
@@ -226,7 +258,11 @@ class Trainer:
             chunk = slice(start, start + HEAD_ROWS)
             with torch.enable_grad():
                 some = h[rows[chunk]].detach().requires_grad_()
-                losses = F.cross_entropy(self._decoder.logits(some), wanted[chunk], reduction="none")
+                logits = self._decoder.logits(some)
+                if taught is None:
+                    losses = F.cross_entropy(logits, wanted[chunk], reduction="none")
+                else:
+                    losses = _divergence(self._decoder.logits(taught[rows[chunk]]).detach(), logits)
                 share = (losses * weights[chunk]).sum() / weight
                 share.backward()  # type: ignore[no-untyped-call]
             assert some.grad is not None
@@ -234,6 +270,12 @@ class Trainer:
             loss += float(share.detach())
             yield
         return loss, gradient
+
+
+def _divergence(wanted: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler, nats, of `logits` from the distribution of `wanted`: both [targets, vocab] → [targets]."""
+    pair = F.log_softmax(logits, -1), F.log_softmax(wanted, -1)
+    return F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
 
 
 class _AdamW:

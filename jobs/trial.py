@@ -23,6 +23,7 @@ from jobs import answers, dataset, evaluate
 from jobs.dataset import HeldOut
 from jobs.people import Person, enrol
 from jobs.plans import plan
+from jobs.rehearsal import Rehearsal
 from persona import frames, prompt
 from persona.domain import ChatTokenizer, Entry, EntryId, Message, Role, UserId
 from persona.engine import adapter_file
@@ -95,7 +96,8 @@ class Result:
     nats: dict[str, list[float]] = field(default_factory=dict)
     chosen: str = ""  # the context that helps the bare base most, among the shortest
     curve: list[dict[str, float]] = field(default_factory=list)  # loss per condition after each round
-    reference: dict[str, float] = field(default_factory=dict)
+    reference: dict[str, float] = field(default_factory=dict)  # loss on neutral answers
+    replies: dict[str, float] = field(default_factory=dict)  # loss on what the bare base replies
     recognised: dict[str, float] = field(default_factory=dict)  # shares of probes
     answered: dict[str, float] = field(default_factory=dict)  # shares of questions
     bytes: int = 0
@@ -116,6 +118,7 @@ class Trial:
         history: History,
         engine: Engine,
         tokenizer: ChatTokenizer,
+        rehearsal: Rehearsal,
         folder: Path,
         prior: AdapterRef | None = None,
         notify: Notify = lambda what, done, total: None,
@@ -123,6 +126,7 @@ class Trial:
         """folder: for the adapters · prior: from which everybody starts."""
         self._settings, self._users, self._history = settings, users, history
         self._engine, self._tokenizer, self._folder, self._prior = engine, tokenizer, folder, prior
+        self._rehearsal = rehearsal
         self._notify = notify
 
     async def run(
@@ -196,7 +200,9 @@ class Trial:
             out = self._folder / f"{pupil.user_id}-{lesson.entries}"
             out.mkdir(parents=True)
             wanted = plan(self._settings.learning, data.passes)
-            last = await self._train(TrainRequest([s.example for s in data.examples], wanted, str(out), start))
+            own = [sample.example for sample in data.examples]
+            rehearsed = await self._rehearsal.examples(own, data.watermark)
+            last = await self._train(TrainRequest([*own, *rehearsed], wanted, str(out), start))
             made = out / adapter_file.FILE
             digest = hashlib.sha256(made.read_bytes()).hexdigest()
             ref = AdapterRef(pupil.user_id, lesson.entries, str(out), digest)
@@ -237,6 +243,7 @@ class Trial:
         result.curve.append({"tokens": last.own_tokens, **last_point})
         for name, adapter in (("base", None), ("adapter", last.adapter)):
             result.reference[name] = await self._reference(adapter)
+            result.replies[name] = await self._replies(adapter)
         return result
 
     async def _point(self, pupil: "_Pupil", stage: Stage, context: Context) -> dict[str, float]:
@@ -282,8 +289,12 @@ class Trial:
             frames.reply([system, Message(Role.USER, ask)], answer, tokenizer=self._tokenizer)
             for ask, answer in evaluate.reference()
         ]
-        found = await self.scored(framed, adapter)
-        return -sum(map(sum, found)) / sum(map(len, found))
+        return _per_token(await self.scored(framed, adapter))
+
+    async def _replies(self, adapter: AdapterRef | None) -> float:
+        """Loss per token on the bare base's own replies to the same questions."""
+        framed = await self._rehearsal.replies([ask for ask, _ in evaluate.reference()])
+        return _per_token(await self.scored(framed, adapter))
 
     # --- recognising
 
@@ -327,6 +338,11 @@ class Trial:
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer.encode(text))
+
+
+def _per_token(logprobs: Sequence[Sequence[float]]) -> float:
+    """Nats per token of all together."""
+    return -sum(map(sum, logprobs)) / sum(map(len, logprobs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.rehearsal import Rehearsal
 from persona import logs
 from persona.doctor import available_memory
 from persona.domain import ChatTokenizer
@@ -34,6 +35,7 @@ class Private:
     tokenizer: ChatTokenizer
     database: Database
     base: str
+    rehearsal: Rehearsal
 
 
 @asynccontextmanager
@@ -48,7 +50,8 @@ async def private(settings: Settings, prepared: Prepared) -> AsyncIterator[Priva
         engine = LocalEngine(mine, prepared)
         try:
             await engine.start()
-            yield Private(mine, engine, tokenizer, database, prepared.base)
+            rehearsal = Rehearsal(engine, tokenizer, mine, lambda: prepared.base)
+            yield Private(mine, engine, tokenizer, database, prepared.base, rehearsal)
         finally:
             await engine.stop()
             await database.close()

@@ -32,7 +32,7 @@ async def train(
         seconds = 0.0
         with progress(*Progress.get_default_columns()) as bar:
             task = bar.add_task("training")
-            async for step in priors.train(parts.engine, examples, parts.settings, out):
+            async for step in priors.train(parts.engine, parts.rehearsal, examples, parts.settings, out):
                 bar.update(task, completed=step.step, total=step.steps)
                 seconds = step.seconds
         size = (out / adapter_file.FILE).stat().st_size

@@ -114,7 +114,7 @@ def _trial(parts: Private, prior: AdapterRef | None, bar: Progress) -> Trial:
 
     users, history = Users(parts.database), History(parts.database)
     folder = parts.settings.adapters
-    return Trial(parts.settings, users, history, parts.engine, parts.tokenizer, folder, prior, notify)
+    return Trial(parts.settings, users, history, parts.engine, parts.tokenizer, parts.rehearsal, folder, prior, notify)
 
 
 def _bar() -> AbstractContextManager[Progress]:

@@ -117,10 +117,9 @@ async def _published(deps: Services, user: User, source: Path) -> Version:
 
 async def _check_drift(deps: Services, version: Version) -> None:
     """Raises AdapterError if the adapter unlearns what an assistant says."""
-    drift = await evaluate.drift(deps.engine, deps.tokenizer, ref(version), deps.settings)
-    allowed = deps.settings.learning.max_drift
-    if not drift <= allowed:  # NaN is refused too
-        raise AdapterError(f"The adapter drifts {drift:.1%} on the reference set; {allowed:.1%} is allowed.")
+    cost = await evaluate.cost(deps.engine, deps.tokenizer, ref(version), deps.finetune.rehearsal, deps.settings)
+    if objection := cost.objection(deps.settings):
+        raise AdapterError(objection)
 
 
 async def _served(deps: Services, user: User, number: int) -> Version:

@@ -22,7 +22,7 @@ from persona.engine.protocol import TrainRequest
 
 FILE = "checkpoint.safetensors"
 _PART = FILE + ".part"
-_FORM = 1  # of the file, and of how a request becomes steps: a later form goes on from no earlier one
+_FORM = 2  # of the file, and of how a request becomes steps: a later form goes on from no earlier one
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,11 +85,15 @@ class ScoreRequest(msgspec.Struct, frozen=True):
 
 
 class Example(msgspec.Struct, frozen=True):
-    """What the trainer sees: a token sequence and the positions whose prediction is trained."""
+    """What the trainer sees: a token sequence and the positions whose prediction is trained.
+
+    distil: what is wanted at a target is the bare base's whole distribution in place of the token (self-distillation).
+    """
 
     tokens: list[int]
     targets: list[int]
     weight: float = 1.0
+    distil: bool = False
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -107,7 +111,7 @@ class Plan(msgspec.Struct, frozen=True):
     clip: float = 1.0
     weight_decay: float = 0.0
     max_norm: float = 50.0  # of the update (SparseAdapter.norm); above it the run fails
-    max_tokens: int = 0  # budget of trained-on tokens, 0: all passes
+    max_tokens: int = 0  # budget of trained-on tokens but for distilled ones, 0: all passes
 
 
 class TrainRequest(msgspec.Struct, frozen=True):

@@ -63,7 +63,14 @@ def loss_of(models: Models, examples: list[Example], start: AdapterRef | None, t
 # --- what is computed
 
 
-class Autograd(Whole):
+class Dense(Whole):
+    """The bare base, its products those of training."""
+
+    def project(self, layer: int, target: str, base: Any, x: torch.Tensor) -> torch.Tensor:
+        return x @ base.dense(x.dtype) + (0 if base.bias is None else base.bias)
+
+
+class Autograd(Dense):
     """The whole model with the adapter's factors, in one graph that ends at the activations of the context."""
 
     def __init__(self, decoder: Decoder, one: Example, adapter: SparseAdapter) -> None:
@@ -73,9 +80,18 @@ class Autograd(Whole):
         self.own[[t - 1 for t in one.targets]] = 1
 
     def project(self, layer: int, target: str, base: Any, x: torch.Tensor) -> torch.Tensor:
-        y = x @ base.dense(x.dtype) + (0 if base.bias is None else base.bias)
+        y = super().project(layer, target, base, x)
         factor = self.adapter.factors.get((layer, target))
         return y if factor is None else y + x @ factor.a @ (factor.b * self.adapter.header.scale)
+
+
+@torch.no_grad()
+def bare_logits(decoder: Decoder, one: Example) -> torch.Tensor:
+    """[tokens, vocab]"""
+    h, passing = decoder.embedded(torch.tensor(one.tokens)), Dense(decoder, len(one.tokens))
+    for layer in range(decoder.shape.layers):
+        h = decoder.layer(layer, h, passing)
+    return decoder.logits(h)
 
 
 def plain_gradient(decoder: Decoder, adapter: SparseAdapter, examples: list[Example]) -> tuple[float, torch.Tensor]:
@@ -87,7 +103,11 @@ def plain_gradient(decoder: Decoder, adapter: SparseAdapter, examples: list[Exam
             h = h * passing.own + h.detach() * (1 - passing.own)
             h = decoder.layer(layer, h, passing)
         rows = [t - 1 for t in one.targets]
-        losses = F.cross_entropy(decoder.logits(h[rows]), torch.tensor(one.tokens)[one.targets], reduction="none")
+        logits = decoder.logits(h[rows])
+        losses = F.cross_entropy(logits, torch.tensor(one.tokens)[one.targets], reduction="none")
+        if one.distil:
+            wanted = bare_logits(decoder, one)[rows].softmax(-1)
+            losses = (wanted * (wanted.log() - logits.log_softmax(-1))).sum(-1)
         loss = loss + one.weight * losses.sum() / total
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach()), _taken(adapter)
@@ -123,6 +143,9 @@ def test_the_gradient_is_that_of_plain_autograd_that_ends_at_the_context(
     decoder, examples = models.decoder(kind), [example(20, 1, 1.0), example(30, 2, 2.5, start=9), example(9, 3, 0.5)]
     # Two that share their context and a part of their words, one of them twice.
     examples += [Example([*some_tokens(12, seed=4), 7, 8, last], [12, 13, 14], 1.5) for last in (9, 10, 10)]
+    # Two whose target is what the base says, whatever their tokens are.
+    examples += [Example(some_tokens(25, seed=5), list(range(9, 25)), distil=True)]
+    examples += [Example(some_tokens(15, seed=6), [4, 5, 14], 0.7, distil=True)]
     decoder.dtype = torch.float32
     made = request(tmp_path, examples, layers=share, batch_tokens=1024)
     trainer = Trainer(decoder, models.prepared(kind).base, made, None)
@@ -399,3 +422,46 @@ def test_threat_12_the_words_of_one_user_change_nothing_for_another(models: Mode
     own = adapters.reference(tmp_path / "own", user=1)
     assert sum(seen_by(own)) > sum(before[1])
     assert [seen_by(other), seen_by(None)] == before
+
+
+# --- self-distillation
+
+
+def test_an_adapter_that_changes_nothing_does_not_differ_from_the_base(models: Models, tmp_path: Path) -> None:
+    same = [protocol.replace(one, distil=True) for one in learnable()]
+    assert abs(run(models, request(tmp_path, same))[0].loss) < 1e-5
+
+
+def test_what_is_rehearsed_stays_as_the_base_has_it(models: Models, tmp_path: Path) -> None:
+    """An adapter that learns words drifts from the base elsewhere; one that rehearses beside them drifts less."""
+    words = learnable(24)
+    kept = [Example(some_tokens(24, seed=9 + i), list(range(1, 24)), distil=True) for i in range(2)]
+
+    def strayed(name: str, examples: list[Example]) -> float:
+        run(models, request(tmp_path / name, examples, passes=4))
+        content = (tmp_path / name / FILE).read_bytes()
+        ref = AdapterRef(1, 1, str(tmp_path / name), hashlib.sha256(content).hexdigest())
+        return loss_of(models, kept, ref, tmp_path)
+
+    assert strayed("both", [*words, *kept * 6]) < 0.5 * strayed("words", words)
+
+
+def test_rehearsed_tokens_are_not_counted_against_the_budget(models: Models, tmp_path: Path) -> None:
+    words, kept = learnable(8), [protocol.replace(one, distil=True) for one in learnable(8)]
+    budget = sum(len(one.tokens) for one in words)
+    (last,) = run(models, request(tmp_path, [*words, *kept], max_tokens=budget, batch_tokens=10_000))[-1:]
+    assert last.done
+    assert last.tokens >= 2 * budget - 16 * 24 // 8
+
+
+def test_every_step_has_its_share_of_both_and_tells_the_loss_of_words(models: Models, tmp_path: Path) -> None:
+    words = learnable(32)
+    kept = [Example(some_tokens(24, seed=9 + i), list(range(1, 24)), distil=True) for i in range(16)]
+    trainer = Trainer(
+        models.decoder(), models.prepared().base, request(tmp_path, [*words, *kept], batch_tokens=144), None
+    )
+    shares = [[example.distil for pack in batch for example in pack.examples] for batch in trainer._batches]
+    assert all(1 <= sum(share) <= 3 for share in shares)
+    first = next(progress for progress in trainer.slices() if progress is not None)
+    batch = [example for pack in trainer._batches[0] for example in pack.examples if not example.distil]
+    assert abs(first.loss - loss_of(models, batch, None, tmp_path)) < 0.02  # bf16

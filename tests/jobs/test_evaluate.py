@@ -14,6 +14,7 @@ from histories import DAWN, TEXT, entry, learning, own
 from jobs import dataset, evaluate
 from jobs.dataset import Dataset
 from jobs.evaluate import Verdict
+from jobs.rehearsal import Rehearsal
 from persona.domain import EntryId, Origin, Role, UserId, Version, VersionState
 from persona.engine.protocol import ScoreRequest
 from persona.engine.scripted import ScriptedEngine
@@ -57,7 +58,7 @@ async def judge(
     made: Dataset | None = None,
     **more: Any,
 ) -> Verdict:
-    made = made or data()
+    made, wanted = made or data(), settings(**more)
     return await evaluate.gate(
         engine,
         TEXT,
@@ -65,7 +66,8 @@ async def judge(
         serving=serving,
         held_out=made.held_out,
         recent=made.recent,
-        settings=settings(**more),
+        rehearsal=Rehearsal(engine, TEXT, wanted, lambda: "base"),
+        settings=wanted,
     )
 
 

@@ -40,7 +40,8 @@ async def parts(models: Models) -> AsyncIterator[Private]:
 def trial(parts: Private, **more: object) -> Trial:
     users, history = Users(parts.database), History(parts.database)
     folder = parts.settings.adapters
-    return Trial(parts.settings, users, history, parts.engine, parts.tokenizer, folder, **more)  # type: ignore[arg-type]
+    fixed = parts.settings, users, history, parts.engine, parts.tokenizer, parts.rehearsal, folder
+    return Trial(*fixed, **more)  # type: ignore[arg-type]
 
 
 async def test_everybody_is_better_served_by_their_own_adapter(parts: Private, tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ async def test_a_prior_is_where_everybody_starts_and_what_they_are_compared_with
     examples = prior.examples([entries], tokenizer=parts.tokenizer, settings=parts.settings, tokens=20_000)
     folder = tmp_path / "prior"
     folder.mkdir()
-    steps = [step async for step in prior.train(parts.engine, examples, parts.settings, folder)]
+    steps = [step async for step in prior.train(parts.engine, parts.rehearsal, examples, parts.settings, folder)]
     assert steps[-1].done
     results = await trial(parts, prior=plans.folder(folder)).run(
         people.read(file, without=["eve"]), Options(rounds=1, contexts=CONTEXTS, probes=0)
