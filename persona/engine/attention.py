@@ -1,10 +1,11 @@
 """The key-value cache in pages, and attention over it in plain torch: the definition of correct, and the CPU path.
 
-    keys, values: [layers, pages, page, kv_heads, head_dim]
-    token t of a sequence lives in page `pages[t // page]`, place `t % page`
+    one page: [layers, 2, size, kv_heads, head_dim]      keys (0) and values (1) of `size` tokens in every layer
+    token t of a sequence lives in page `pages[t // size]`, place `t % size`
 
-A page is cleared before a sequence fills it: nothing of an earlier owner, not even a NaN behind a mask, reaches a later
-one. A full page may be read by sequences of the same user and version (prefix.py), and is not written again meanwhile.
+A page is one stretch of the device memory (memory.py). It is cleared before a sequence fills it: nothing of an earlier
+owner, not even a NaN behind a mask, reaches a later one. A full page may be read by sequences of the same user and
+version (prefix.py), and is not written again meanwhile.
 """
 
 from dataclasses import dataclass
@@ -12,17 +13,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from persona.engine.memory import Memory
 from persona.engine.shape import Shape
 
 
 class KvCache:
-    """Device memory for `pages` pages of `size` tokens."""
+    """The device memory, seen as pages of `size` tokens: no memory of its own."""
 
-    def __init__(self, shape: Shape, pages: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        dims = (shape.layers, pages, size, shape.kv_heads, shape.head_dim)
-        self.size = size
-        self.keys = torch.zeros(dims, dtype=dtype, device=device)
-        self.values = torch.zeros(dims, dtype=dtype, device=device)
+    def __init__(self, memory: Memory, shape: Shape, size: int, dtype: torch.dtype) -> None:
+        assert memory.page_bytes == self.page_bytes(shape, size, dtype)
+        cells, layers = memory.bytes.view(dtype), range(shape.layers)
+        self.size, self._stride = size, shape.layers * 2 * size
+        self._pages = cells.view(-1, shape.layers, 2, size, shape.kv_heads, shape.head_dim)
+        self._read = [(self._pages[:, layer, 0], self._pages[:, layer, 1]) for layer in layers]
+        # For writing: rows of one token, from where the layer's keys or values of page 0 begin.
+        rows = cells.view(-1, shape.kv_heads, shape.head_dim)
+        self._write = [(rows[2 * layer * size :], rows[(2 * layer + 1) * size :]) for layer in layers]
 
     @staticmethod
     def page_bytes(shape: Shape, size: int, dtype: torch.dtype) -> int:
@@ -30,17 +36,22 @@ class KvCache:
 
     def clear(self, pages: list[int]) -> None:
         """Zero `pages` for a new owner."""
-        self.keys[:, pages] = 0
-        self.values[:, pages] = 0
+        self._pages[pages] = 0
+
+    def slot(self, page: int, place: int) -> int:
+        """Where `write` puts the token at that place."""
+        return page * self._stride + place
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """k, v: [tokens, kv_heads, dim] into `slots` [tokens] (page · size + place)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+        """k, v: [tokens, kv_heads, dim] into `slots` [tokens]."""
+        keys, values = self._write[layer]
+        keys.index_copy_(0, slots, k)
+        values.index_copy_(0, slots, v)
 
     def read(self, layer: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """pages: [rows, n] → k, v: [rows, kv_heads, n · size, dim]."""
-        return self._gathered(self.keys[layer], pages), self._gathered(self.values[layer], pages)
+        keys, values = self._read[layer]
+        return self._gathered(keys, pages), self._gathered(values, pages)
 
     @staticmethod
     def _gathered(pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from persona.engine.decoder import Decoder
 from persona.engine.device import Form
 from persona.engine.grammar import Grammars
 from persona.engine.loop import EngineLoop
+from persona.engine.memory import Memory
 from persona.engine.pages import PagePool
 from persona.engine.protocol import AdapterRef, Health, Progress, TrainRequest
 from persona.engine.runner import Runner
@@ -61,7 +62,8 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
     base = decoder.load(folder, options.weights, options.device)
     pages = _pages(options, base)
     pool = PagePool(pages, options.page_tokens)
-    cache = KvCache(base.shape, pages, options.page_tokens, base.dtype, base.device)
+    memory = Memory(pages, KvCache.page_bytes(base.shape, options.page_tokens, base.dtype), base.device)
+    cache = KvCache(memory, base.shape, options.page_tokens, base.dtype)
     health = Health(
         base=options.base,
         model=options.name,

@@ -101,7 +101,7 @@ class Runner:
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         page, place = divmod(position, self._cache.size)
-        return sequence.pages[page] * self._cache.size + place
+        return self._cache.slot(sequence.pages[page], place)
 
     def _result(self, h: torch.Tensor, decode: list[Sequence], prefill: list[Segment]) -> Result:
         following, rows, scores = list(decode), list(range(len(decode))), []

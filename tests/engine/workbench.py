@@ -15,6 +15,7 @@ from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
 from persona.engine.grammar import Grammars
 from persona.engine.loop import EngineLoop
+from persona.engine.memory import Memory
 from persona.engine.pages import PagePool
 from persona.engine.protocol import (
     AdapterRef,
@@ -63,7 +64,8 @@ class Bench:
         self.decoder = models.decoder(kind, weights)
         self.shape = self.decoder.shape
         self.answers: dict[int, list[Reply]] = {}
-        self.cache = KvCache(self.shape, pages, page, self.decoder.dtype, self.decoder.device)
+        page_bytes = KvCache.page_bytes(self.shape, page, self.decoder.dtype)
+        self.memory = Memory(pages, page_bytes, self.decoder.device)
         self.tiers = Tiers(
             self._read,
             lambda found: lora.promote(found, self.shape, self.decoder.dtype, self.decoder.device),
@@ -81,7 +83,7 @@ class Bench:
         health = Health(self.prepared.base, "tiny", "cpu", weights, context, self.shape.vocab)
         self.loop = EngineLoop(
             scheduler=self.scheduler,
-            runner=Runner(self.decoder, self.cache),
+            runner=Runner(self.decoder, KvCache(self.memory, self.shape, page, self.decoder.dtype)),
             tiers=self.tiers,
             text=Text.load(self.prepared.folder),
             train=self._train,

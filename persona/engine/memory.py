@@ -1,0 +1,30 @@
+"""The one device memory, as bytes: what pages.py numbers, and what keys, values and factors are views of.
+
+    page 0            | page 1            | …            | page n − 1
+    page_bytes        | page_bytes        |              | page_bytes
+
+A page has no kind of its own. As context it is [layers, 2, size, kv_heads, head_dim] (attention.py); a run of
+neighbouring pages is one stretch of bytes in which an adapter's factors stand one behind another (lora.py). Whoever
+gets a page writes all that will be read of it: nothing of an earlier owner is seen through another type.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class Memory:
+    """`pages` pages of `page_bytes` bytes each, not initialized. bytes: uint8 [pages · page_bytes]."""
+
+    def __init__(self, pages: int, page_bytes: int, device: torch.device) -> None:
+        self.page_bytes = page_bytes
+        self.bytes = torch.empty(pages * page_bytes, dtype=torch.uint8, device=device)
+
+    def run(self, pages: Sequence[int]) -> torch.Tensor:
+        """Neighbouring ascending pages → their bytes [len(pages) · page_bytes]."""
+        assert list(pages) == list(range(pages[0], pages[0] + len(pages))), "not a run"
+        return self.bytes[pages[0] * self.page_bytes : (pages[-1] + 1) * self.page_bytes]
+
+    def needed(self, nbytes: int) -> int:
+        """Pages that hold so many bytes."""
+        return -(-nbytes // self.page_bytes)
