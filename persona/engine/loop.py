@@ -7,8 +7,7 @@ Nothing here blocks, and nothing that fails in one request or in training reache
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Many
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Protocol
 import structlog
 import torch
 
-from persona.engine import logprobs, protocol, sampler
+from persona.engine import logprobs, protocol, sampler, slices
 from persona.engine.grammar import Grammar, Grammars
 from persona.engine.logprobs import Margin
 from persona.engine.lora import Resident
@@ -27,7 +26,6 @@ from persona.engine.prefix import Owner
 from persona.engine.protocol import (
     AdapterRef,
     Chunk,
-    Failed,
     Health,
     Piece,
     Progress,
@@ -36,27 +34,25 @@ from persona.engine.protocol import (
     Scores,
     TokenLogprob,
 )
+from persona.engine.refusals import crowded, failed, trouble
 from persona.engine.runner import Result, Runner
 from persona.engine.sampler import Sampler
 from persona.engine.scheduler import Plan, Scheduler, Sequence
+from persona.engine.slices import Scoring, Slices
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer, Text
 from persona.engine.tiers import Tiers
 from persona.engine.waiting import Pace
-from persona.errors import Busy, PersonaError, RequestError, StorageFull, TooLarge, TrainingFailed
+from persona.errors import Busy, PersonaError, RequestError, TooLarge
 
-SHARE = 0.09  # of busy time that training may take: gaps between tokens may grow by a tenth
 PATIENCE = 0.005  # seconds that an idle loop waits for a grammar before it looks for messages
-SCORING = 1.0  # the same for scoring, which is short: a new version waits for its gate
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
 # Scores in slices: one item each, one list per (tokens, targets, adapter) at the end.
 Wanted = list[tuple[list[int], list[int], Resident | None]]
-ScoreSlices = Callable[[Wanted], Generator[None, None, list[list[float]]]]
+ScoreSlices = Callable[[Wanted], slices.Scores]
 Adapters = Mapping[AdapterRef | None, Resident | None]
 LOOK_SECONDS = 0.25  # between two looks for those who have waited too long
-MAX_RETRY_SECONDS = 60
-ABORTED = "The scoring was aborted."
 log = structlog.get_logger("engine")
 
 
@@ -81,7 +77,7 @@ class _Generation:
 
 
 @dataclass(slots=True)
-class _Scoring:
+class _Score:
     """Log-probabilities in the making."""
 
     sequence: Sequence
@@ -122,21 +118,19 @@ class EngineLoop:
         self._patience, self._clock, self._pace, self._looked = patience, clock, Pace(), -math.inf
         self._scheduler, self._runner, self._tiers = scheduler, runner, tiers
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
-        self._jobs: dict[int, _Generation | _Scoring] = {}
+        self._jobs: dict[int, _Generation | _Score] = {}
         self._awaiting: dict[AdapterRef, list[_Awaiting]] = {}  # who waits for which adapter to be loaded
         self._grammars = grammars
         self._compiling: dict[int, tuple[futures.Future[Grammar], Sequence, protocol.GenerateRequest]] = {}
-        self._training: tuple[int, Iterator[Progress | None]] | None = None
         self._score_slices = score
-        self._scorings: deque[tuple[int, Generator[None, None, list[list[float]]]]] = deque()  # before any training
-        self._paused = self._stalled = False
-        self._steps = self._slices = self._tokens = 0
-        self._credit = 0.0  # seconds of slices that serving has earned for training; below zero after a long one
+        self._slices = Slices(send)
+        self._stalled = False
+        self._steps = self._tokens = 0
 
     @property
     def idle(self) -> bool:
         """Nothing to do until the next message, or until a load has ended."""
-        return (self._scheduler.idle or self._stalled) and not self._sliced and not self._compiling
+        return (self._scheduler.idle or self._stalled) and not self._slices.waiting and not self._compiling
 
     def handle(self, request: Request) -> None:
         """Take one request in; answers go to `send`, now or later."""
@@ -156,17 +150,8 @@ class EngineLoop:
         if plan:
             started = time.perf_counter()
             self._step(plan)
-            share = SCORING if self._scorings else SHARE
-            self._credit = min(0.0, self._credit + share * (time.perf_counter() - started))
-        if self._sliced and (not plan or self._credit >= 0):
-            started = time.perf_counter()
-            self._slice()
-            self._credit -= (time.perf_counter() - started) * bool(plan)
-
-    @property
-    def _sliced(self) -> bool:
-        """Whether there is work in slices: scoring of many sequences, or training that is not paused."""
-        return bool(self._scorings) or (self._training is not None and not self._paused)
+            self._slices.earn(time.perf_counter() - started)
+        self._slices.work(beside=bool(plan))
 
     def check(self) -> None:
         """Assert that no page leaked."""
@@ -194,9 +179,9 @@ class EngineLoop:
                 self._runner.forget()
                 self._send(protocol.Done(request.id))
             case protocol.Train():
-                self._start_training(request.id, request.request)
+                self._slices.train(request.id, partial(self._train, request.request))
             case protocol.Pause() | protocol.Resume():
-                self._paused = isinstance(request, protocol.Pause)
+                self._slices.paused = isinstance(request, protocol.Pause)
                 self._send(protocol.Done(request.id))
             case protocol.Ping():
                 self._send(protocol.Pong(request.id, self._health()))
@@ -217,7 +202,7 @@ class EngineLoop:
 
     def _admit_compiled(self) -> None:
         """Let those in whose grammar is ready; with nothing else to do wait for one for a moment."""
-        if self._scheduler.idle and not self._sliced:
+        if self._scheduler.idle and not self._slices.waiting:
             futures.wait([one for one, _, _ in self._compiling.values()], PATIENCE, futures.FIRST_COMPLETED)
         for job, (grammar, sequence, request) in list(self._compiling.items()):
             if grammar.done():
@@ -242,16 +227,16 @@ class EngineLoop:
         wait = self._pace.wait(self._scheduler.before(sequence))
         if wait > self._patience:
             self._remove(sequence.id)
-            raise _crowded(wait)
+            raise crowded(wait)
 
     def _make_room(self, user_id: int) -> None:
         """In a full waiting room a request of whoever has the most there leaves. Raises Busy if that is this user."""
         if self._scheduler.full():
             leaving = self._scheduler.give_way(user_id)
             if leaving is None:
-                raise _crowded(self._pace.wait(self._scheduler.waiting))
+                raise crowded(self._pace.wait(self._scheduler.waiting))
             self._remove(leaving.id)
-            self._fail(leaving.id, _crowded(self._pace.wait(self._scheduler.waiting)))
+            self._fail(leaving.id, crowded(self._pace.wait(self._scheduler.waiting)))
 
     def _send_away_the_late(self) -> None:
         """Who has waited too long for a first token is told so while asking again still makes sense."""
@@ -263,7 +248,7 @@ class EngineLoop:
             job = self._jobs[sequence.id]
             if isinstance(job, _Generation) and now - job.since > self._patience:
                 self._remove(sequence.id)
-                self._fail(sequence.id, _crowded(self._pace.wait(self._scheduler.waiting)))
+                self._fail(sequence.id, crowded(self._pace.wait(self._scheduler.waiting)))
 
     def _score(self, job: int, request: protocol.ScoreRequest) -> None:
         if not request.targets:
@@ -273,7 +258,7 @@ class EngineLoop:
         sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
         sequence.targets, sequence.background = tuple(request.targets), True
         sequence.top = request.top or 0
-        self._jobs[job] = _Scoring(sequence, request.top is not None)
+        self._jobs[job] = _Score(sequence, request.top is not None)
         self._scheduler.add(sequence)
 
     def _score_all(self, job: int, requests: list[protocol.ScoreRequest]) -> None:
@@ -284,11 +269,12 @@ class EngineLoop:
 
         def start(adapters: Adapters) -> None:
             wanted: Wanted = [(one.tokens, one.targets, adapters.get(one.adapter)) for one in asked]
-            self._scorings.append((job, self._all_scores([bool(one.targets) for one in requests], wanted)))
+            told = self._all_scores([bool(one.targets) for one in requests], wanted)
+            self._slices.score(Scoring(job, told, lambda found: self._send(protocol.AllScores(job, found)), _nothing))
 
-        self._need(job, [request.adapter for request in asked], start, _failed(job, Busy(ABORTED)))
+        self._need(job, [request.adapter for request in asked], start, failed(job, Busy(slices.ABORTED)))
 
-    def _all_scores(self, asked: list[bool], wanted: Wanted) -> Generator[None, None, list[list[float]]]:
+    def _all_scores(self, asked: list[bool], wanted: Wanted) -> slices.Scores:
         found = iter((yield from self._score_slices(wanted)))
         return [next(found) if some else [] for some in asked]
 
@@ -340,7 +326,7 @@ class EngineLoop:
                 if resident is None:
                     for sequence in [s for s in self._scheduler.sequences() if s.adapter == ref and not s.pages]:
                         self._remove(sequence.id)
-                        self._fail(sequence.id, _trouble(error))
+                        self._fail(sequence.id, trouble(error))
         return some
 
     def _guarded(self, job: int, work: Callable[[], None]) -> None:
@@ -369,17 +355,8 @@ class EngineLoop:
         elif job in self._compiling:
             self._compiling.pop(job)[0].cancel()
             self._send(Piece(job, Chunk("", 0, "abort")))
-        elif mine := [scoring for scoring in self._scorings if scoring[0] == job]:
-            self._scorings.remove(mine[0])
-            self._fail(job, Busy(ABORTED))
-        elif self._training and self._training[0] == job:
-            self._end_training()
-            self._fail(job, TrainingFailed("The training was abandoned."))
-
-    def _start_training(self, job: int, request: protocol.TrainRequest) -> None:
-        if self._training:
-            raise Busy("Another training is running; try again when it has ended.", retry_after=30)
-        self._training = job, self._train(request)
+        else:
+            self._slices.abort(job)
 
     def _health(self) -> Health:
         return protocol.replace(
@@ -396,9 +373,9 @@ class EngineLoop:
             prompt_tokens=self._scheduler.prompt_tokens,
             cached_tokens=self._scheduler.cached_tokens,
             pages=self._scheduler.pool.total,
-            training=self._training is not None,
+            training=self._slices.training,
             steps=self._steps,
-            slices=self._slices,
+            slices=self._slices.done,
             generated=self._tokens,
         )
 
@@ -443,7 +420,7 @@ class EngineLoop:
 
     def _collect(self, sequence: Sequence, found: list[TokenLogprob]) -> None:
         job = self._jobs[sequence.id]
-        assert isinstance(job, _Scoring)
+        assert isinstance(job, _Score)
         job.found += found
         if not sequence.prefilling:
             self._remove(sequence.id)
@@ -478,8 +455,8 @@ class EngineLoop:
     def _finish(self, job: int, finish: str, error: str | None = None, shown: str = "", *, cut: bool = False) -> None:
         """End a job with its last answer. `shown`: the last text that is certain; a stop string has `cut` the rest."""
         ended = self._remove(job)
-        if isinstance(ended, _Scoring):
-            self._fail(job, Busy(error or ABORTED))
+        if isinstance(ended, _Score):
+            self._fail(job, Busy(error or slices.ABORTED))
             return
         text, stopped = shown, cut
         if not stopped:
@@ -489,84 +466,24 @@ class EngineLoop:
         beside = ended.margin.show(len(text)) if stopped else ended.margin.rest()
         self._send(Piece(job, Chunk(text, ended.generated, finish, error, beside, ended.sequence.cached)))
 
-    def _remove(self, job: int) -> _Generation | _Scoring:
+    def _remove(self, job: int) -> _Generation | _Score:
         ended = self._jobs.pop(job)
         self._scheduler.remove(ended.sequence)
         return ended
 
     def _fail(self, job: int, error: PersonaError) -> None:
-        self._send(_failed(job, error))
-
-    # --- slices
-
-    def _slice(self) -> None:
-        self._slices += 1
-        if self._scorings:
-            self._score_slice(*self._scorings[0])
-        elif self._training:
-            self._train_slice(*self._training)
-
-    def _score_slice(self, job: int, slices: Generator[None, None, list[list[float]]]) -> None:
-        try:
-            next(slices)
-        except StopIteration as ended:
-            self._scorings.popleft()
-            self._send(protocol.AllScores(job, ended.value))
-        except (RuntimeError, MemoryError) as error:
-            self._scorings.popleft()
-            log.error("scoring failed", kind=type(error).__name__)
-            self._fail(job, Busy("There is no memory to score this now; try again later.", retry_after=30))
-
-    def _train_slice(self, job: int, slices: Iterator[Progress | None]) -> None:
-        try:
-            progress = next(slices)
-        except PersonaError as error:
-            self._end_training()
-            self._fail(job, error)
-        except OSError as error:
-            self._end_training()
-            self._fail(job, StorageFull(f"The adapter could not be written: {error.strerror}."))
-        except Exception as error:  # whatever it is, serving goes on
-            self._end_training()
-            log.error("training failed", kind=type(error).__name__)
-            self._fail(job, TrainingFailed(f"The training stopped on {type(error).__name__}: {_cause(error)}"))
-        else:
-            if progress is not None:
-                if progress.done:
-                    self._end_training()
-                self._send(protocol.Step(job, progress))
-
-    def _end_training(self) -> None:
-        if self._training:
-            close = getattr(self._training[1], "close", None)
-            if close is not None:
-                close()
-        self._training = None
-
-
-def _crowded(wait: float) -> Busy:
-    seconds = max(1, math.ceil(min(wait, MAX_RETRY_SECONDS)))
-    return Busy(f"Too many requests are waiting; try again in {seconds} seconds.", retry_after=seconds)
-
-
-def _failed(job: int, error: PersonaError) -> Failed:
-    retry = error.retry_after if isinstance(error, Busy) else 0
-    return Failed(job, type(error).__name__, error.message, error.code, retry)
+        self._send(failed(job, error))
 
 
 def _go_on(one: _Awaiting, resident: Resident | None, error: Exception | None) -> None:
     """What a load brought. Raises what it failed with."""
     if resident is None:
-        raise _trouble(error)
+        raise trouble(error)
     one.then(resident)
 
 
-def _trouble(error: Exception | None) -> PersonaError:
-    """What a failed load is to those who wait for it: other failures than a bad file are not the adapter's fault."""
-    if isinstance(error, PersonaError):
-        return error
-    log.error("adapter not loaded", kind=type(error).__name__)
-    return Busy("The adapter could not be loaded now; try again later.", retry_after=10)
+def _nothing() -> None:
+    """Nothing is held."""
 
 
 def _is_older(owner: Owner, ref: AdapterRef) -> bool:
@@ -594,10 +511,3 @@ def _check_targets(request: protocol.ScoreRequest) -> None:
     wanted = sorted(set(request.targets))
     if request.targets != wanted or wanted[0] < 1 or wanted[-1] >= len(request.tokens):
         raise RequestError("Targets to score must ascend and lie inside the tokens, after the first.")
-
-
-def _cause(error: BaseException) -> str:
-    """The system's own words for a failure: never user text."""
-    if isinstance(error, OSError):
-        return f"{error.strerror}."
-    return "out of memory, or a fault in the computation; serving goes on."
