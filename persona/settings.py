@@ -48,8 +48,8 @@ class Engine(Section):
     max_waiting: int = Field(
         256, ge=1, description="requests that may wait; above, the user with the most is answered 503"
     )
-    page_tokens: int = Field(32, ge=16, le=256, multiple_of=16, description="tokens per cache page")
-    memory_mb: int = Field(1024, ge=64, description="budget for cache pages and adapters in MiB")
+    page_tokens: int = Field(32, ge=16, le=256, multiple_of=16, description="tokens per page of memory")
+    memory_mb: int = Field(1024, ge=64, description="memory for context and adapters together, in MiB")
     host_mb: int = Field(256, ge=1, description="budget for adapters kept in RAM as they are stored, in MiB")
     prefill_tokens: int = Field(256, ge=16, description="prompt tokens computed in one step")
     patience_seconds: float = Field(

@@ -58,6 +58,13 @@ class Adapter:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def rank(self, layer: int, target: str) -> int:
+        """Of the factors below; 0 where the projection is not adapted."""
+        if self.header.form == "lora":
+            halves = (self.tensors.get(f"{layer}.{module}.A") for module in FUSED[target])
+            return sum(len(a) for a in halves if a is not None)
+        return self.header.rank if 0 <= layer - self.header.first < self.header.layers else 0
+
     def factors(self, layer: int, target: str, shape: Shape) -> tuple[Array, Array] | None:
         """A [rank, in] and B [out, rank] (scale included), fp32; None where the projection is not adapted."""
         if self.header.form == "lora":

@@ -7,18 +7,17 @@ Nothing here blocks, and nothing that fails in one request or in training reache
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Collection, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 from typing import Protocol
 
 import structlog
 import torch
 
 from persona.engine import logprobs, protocol, sampler, slices
+from persona.engine.awaiting import Awaiting, Errand
 from persona.engine.grammar import Grammar, Grammars
 from persona.engine.logprobs import Margin
 from persona.engine.lora import Resident
@@ -38,6 +37,8 @@ from persona.engine.refusals import crowded, failed, trouble
 from persona.engine.runner import Result, Runner
 from persona.engine.sampler import Sampler
 from persona.engine.scheduler import Plan, Scheduler, Sequence
+from persona.engine.score_all import ByAdapter, Wanted
+from persona.engine.shelf import Lease
 from persona.engine.slices import Scoring, Slices
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer, Text
@@ -48,11 +49,9 @@ from persona.errors import Busy, PersonaError, RequestError, TooLarge
 PATIENCE = 0.005  # seconds that an idle loop waits for a grammar before it looks for messages
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
-# Scores in slices: one item each, one list per (tokens, targets, adapter) at the end.
-Wanted = list[tuple[list[int], list[int], Resident | None]]
 ScoreSlices = Callable[[Wanted], slices.Scores]
-Adapters = Mapping[AdapterRef | None, Resident | None]
 LOOK_SECONDS = 0.25  # between two looks for those who have waited too long
+NEVER_FITS = "Prompt, reply and the user's adapter together are larger than the engine's memory; ask for less."
 log = structlog.get_logger("engine")
 
 
@@ -72,7 +71,6 @@ class _Generation:
     stops: Stops
     margin: Margin
     since: float = 0.0  # when it came, by the clock
-    adapter: Resident | None = None  # from admission on
     generated: int = 0
 
 
@@ -82,17 +80,7 @@ class _Score:
 
     sequence: Sequence
     told: bool  # with alternatives
-    adapter: Resident | None = None
     found: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Awaiting:
-    """A request outside the scheduler whose adapter is being loaded: what follows, what to say if it is aborted."""
-
-    job: int
-    then: Callable[[Resident], None]
-    aborted: Reply | None
 
 
 class EngineLoop:
@@ -119,7 +107,7 @@ class EngineLoop:
         self._scheduler, self._runner, self._tiers = scheduler, runner, tiers
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
         self._jobs: dict[int, _Generation | _Score] = {}
-        self._awaiting: dict[AdapterRef, list[_Awaiting]] = {}  # who waits for which adapter to be loaded
+        self._awaiting = Awaiting(tiers)
         self._grammars = grammars
         self._compiling: dict[int, tuple[futures.Future[Grammar], Sequence, protocol.GenerateRequest]] = {}
         self._score_slices = score
@@ -129,7 +117,8 @@ class EngineLoop:
 
     @property
     def idle(self) -> bool:
-        """Nothing to do until the next message, or until a load has ended."""
+        """Nothing to do until the next message, or until a load has ended: what is in use would go on, and what waits
+        for pages would have had those that are idle."""
         return (self._scheduler.idle or self._stalled) and not self._slices.waiting and not self._compiling
 
     def handle(self, request: Request) -> None:
@@ -146,15 +135,17 @@ class EngineLoop:
         plan = self._plan()
         if not plan and self._land():
             plan = self._plan()
-        self._stalled = not plan
         if plan:
             started = time.perf_counter()
             self._step(plan)
             self._slices.earn(time.perf_counter() - started)
-        self._slices.work(beside=bool(plan))
+        sliced = self._slices.work(beside=bool(plan))
+        self._stalled = not plan and not sliced
+        if self._land():
+            self._stalled = False
 
     def check(self) -> None:
-        """Assert that no page leaked."""
+        """Assert that no page and no lease leaked."""
         self._scheduler.check()
 
     # --- inbox
@@ -170,9 +161,9 @@ class EngineLoop:
             case protocol.Abort():
                 self._abort(request.id)
             case protocol.Stage():
-                self._need(request.id, [request.ref], lambda _: self._send(protocol.Done(request.id)))
+                self._awaiting.add(Errand(request.id, request.ref, partial(self._stage, request.id)))
             case protocol.Flip():
-                self._need(request.id, [request.ref], lambda _: self._flip(request.id, request.ref))
+                self._awaiting.add(Errand(request.id, request.ref, partial(self._flip, request.id)))
             case protocol.Drop():
                 self._tiers.drop(request.user_id)
                 self._scheduler.prefix.forget(lambda owner: owner.user_id == request.user_id)
@@ -262,21 +253,34 @@ class EngineLoop:
         self._scheduler.add(sequence)
 
     def _score_all(self, job: int, requests: list[protocol.ScoreRequest]) -> None:
-        asked = [request for request in requests if request.targets]
-        for request in asked:
-            _check_targets(request)
-            self._sequence(job, request.tokens, len(request.tokens), request.adapter)  # refuses what is too long
+        for request in requests:
+            if request.targets:
+                _check_targets(request)
+                self._sequence(job, request.tokens, len(request.tokens), request.adapter)  # refuses what is too long
+        self._score_next(job, ByAdapter(requests))
 
-        def start(adapters: Adapters) -> None:
-            wanted: Wanted = [(one.tokens, one.targets, adapters.get(one.adapter)) for one in asked]
-            told = self._all_scores([bool(one.targets) for one in requests], wanted)
-            self._slices.score(Scoring(job, told, lambda found: self._send(protocol.AllScores(job, found)), _nothing))
+    def _score_next(self, job: int, asked: ByAdapter) -> None:
+        """What one adapter has to score. One after another, each is held only while it computes."""
+        if (group := asked.next()) is None:
+            self._send(protocol.AllScores(job, asked.found))
+            return
 
-        self._need(job, [request.adapter for request in asked], start, failed(job, Busy(slices.ABORTED)))
+        def start(lease: Lease[Resident] | None) -> None:
+            def ended(values: list[list[float]]) -> None:
+                asked.fill(group, values)
+                self._score_next(job, asked)
 
-    def _all_scores(self, asked: list[bool], wanted: Wanted) -> slices.Scores:
-        found = iter((yield from self._score_slices(wanted)))
-        return [next(found) if some else [] for some in asked]
+            def stop() -> None:
+                if lease is not None:
+                    self._tiers.release(lease)
+
+            wanted = asked.wanted(group, lease.value if lease is not None else None)
+            self._slices.score(Scoring(job, self._score_slices(wanted), ended, stop))
+
+        if group.adapter is None:
+            start(None)
+        else:
+            self._awaiting.add(Errand(job, group.adapter, start, failed(job, Busy(slices.ABORTED))))
 
     def _sequence(self, job: int, tokens: list[int], limit: int, adapter: AdapterRef | None) -> Sequence:
         about = self._about()
@@ -291,43 +295,25 @@ class EngineLoop:
             )
         return Sequence(job, list(tokens), len(tokens), limit, adapter)
 
-    def _need(
-        self,
-        job: int,
-        refs: Many[AdapterRef | None],
-        then: Callable[[Adapters], None],
-        aborted: Reply | None = None,
-        found: Adapters = MappingProxyType({}),
-    ) -> None:
-        """Do `then` with all of these adapters on the device: at once, or when the last of them has been loaded."""
-
-        def go_on(ref: AdapterRef, have: Adapters, loaded: Resident) -> None:
-            self._need(job, refs, then, aborted, {**have, ref: loaded})
-
-        have: dict[AdapterRef | None, Resident | None] = {None: None, **found}
-        for ref in refs:
-            if ref is None or ref in have:
-                continue
-            if (resident := self._tiers.find(ref)) is None:
-                self._awaiting.setdefault(ref, []).append(_Awaiting(job, partial(go_on, ref, have), aborted))
-                self._tiers.fetch(ref)
-                return
-            have[ref] = resident
-        then(have)
-
     def _land(self) -> bool:
         """Loads that have ended: on with those who waited for them. Whether there was one."""
         some = False
-        while self._tiers.arrived:
-            some = True
-            for ref, resident, error in self._tiers.landed(self._scheduler.wanted()):
-                for one in self._awaiting.pop(ref, ()):
-                    self._guarded(one.job, partial(_go_on, one, resident, error))
-                if resident is None:
-                    for sequence in [s for s in self._scheduler.sequences() if s.adapter == ref and not s.pages]:
-                        self._remove(sequence.id)
-                        self._fail(sequence.id, trouble(error))
-        return some
+        while True:
+            for ref, error in self._tiers.landed(self._scheduler.wanted()):
+                some = True
+                if error is not None:
+                    self._not_loaded(ref, error)
+            for errand, lease in self._awaiting.served():
+                self._guarded(errand.job, partial(errand.then, lease))
+            if not self._tiers.arrived:
+                return some
+
+    def _not_loaded(self, ref: AdapterRef, error: Exception) -> None:
+        for errand in self._awaiting.failed(ref):
+            self._fail(errand.job, trouble(error))
+        for sequence in [s for s in self._scheduler.sequences() if s.adapter == ref and not s.pages]:
+            self._remove(sequence.id)
+            self._fail(sequence.id, trouble(error))
 
     def _guarded(self, job: int, work: Callable[[], None]) -> None:
         """Do a part of the request `job`; what goes wrong ends this request alone."""
@@ -339,19 +325,22 @@ class EngineLoop:
             log.error("request failed", kind=type(error).__name__)
             self._fail(job, Busy("There is no memory for this request; try again later.", retry_after=10))
 
-    def _flip(self, job: int, ref: AdapterRef) -> None:
-        self._tiers.flip(ref)
-        self._scheduler.prefix.forget(lambda owner: _is_older(owner, ref))
+    def _stage(self, job: int, lease: Lease[Resident]) -> None:
+        self._tiers.release(lease)
+        self._send(protocol.Done(job))
+
+    def _flip(self, job: int, lease: Lease[Resident]) -> None:
+        self._tiers.release(lease)
+        self._tiers.flip(lease.ref)
+        self._scheduler.prefix.forget(lambda owner: _is_older(owner, lease.ref))
         self._send(protocol.Done(job))
 
     def _abort(self, job: int) -> None:
         if job in self._jobs:
             self._finish(job, "abort")
-        elif waiting := [(ref, one) for ref, some in self._awaiting.items() for one in some if one.job == job]:
-            ((ref, one),) = waiting
-            self._awaiting[ref].remove(one)
-            if one.aborted is not None:
-                self._send(one.aborted)
+        elif (errand := self._awaiting.abort(job)) is not None:
+            if errand.aborted is not None:
+                self._send(errand.aborted)
         elif job in self._compiling:
             self._compiling.pop(job)[0].cancel()
             self._send(Piece(job, Chunk("", 0, "abort")))
@@ -359,17 +348,19 @@ class EngineLoop:
             self._slices.abort(job)
 
     def _health(self) -> Health:
+        residents = self._tiers.shelf.filled
         return protocol.replace(
             self._about(),
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
-            resident=len(self._tiers),
-            resident_bytes=self._tiers.nbytes,
-            loads=self._tiers.loads.total(),
-            disk_loads=self._tiers.loads["disk"],
+            resident=len(residents),
+            resident_bytes=sum(one.nbytes() for one in residents),
+            adapter_pages=sum(len(lease.pages) for lease in self._tiers.shelf.leases),
+            loads=self._tiers.loads,
+            disk_loads=self._tiers.reads,
             loaded_bytes=self._tiers.loaded_bytes,
-            free_pages=self._scheduler.prefix.available,
-            cached_pages=self._scheduler.prefix.idle,
+            free_pages=self._scheduler.pool.available,
+            cached_pages=self._scheduler.prefix.idle_pages,
             prompt_tokens=self._scheduler.prompt_tokens,
             cached_tokens=self._scheduler.cached_tokens,
             pages=self._scheduler.pool.total,
@@ -384,16 +375,17 @@ class EngineLoop:
     def _plan(self) -> Plan:
         self._send_away_the_late()
         plan = self._scheduler.plan()
-        for sequence in plan.admitted:
+        for _ in plan.admitted:
             self._pace.left(self._clock(), others=self._scheduler.waiting > 0)
-            if sequence.adapter is not None:
-                self._jobs[sequence.id].adapter = self._tiers.find(sequence.adapter)
+        for sequence in plan.refused:
+            del self._jobs[sequence.id]
+            self._fail(sequence.id, TooLarge(NEVER_FITS, code="context_length_exceeded"))
         return plan
 
     def _step(self, plan: Plan) -> None:
         sequences = [*plan.decode, *(segment.sequence for segment in plan.prefill)]
         try:
-            result = self._runner.run(plan, {s.id: self._jobs[s.id].adapter for s in sequences})
+            result = self._runner.run(plan, {s.id: s.lease.value if s.lease is not None else None for s in sequences})
         except (RuntimeError, IndexError) as error:  # out of memory, mostly: these end, the engine goes on
             log.error("step failed", rows=len(sequences), kind=type(error).__name__)
             for job in {s.id for s in sequences}:
@@ -473,17 +465,6 @@ class EngineLoop:
 
     def _fail(self, job: int, error: PersonaError) -> None:
         self._send(failed(job, error))
-
-
-def _go_on(one: _Awaiting, resident: Resident | None, error: Exception | None) -> None:
-    """What a load brought. Raises what it failed with."""
-    if resident is None:
-        raise trouble(error)
-    one.then(resident)
-
-
-def _nothing() -> None:
-    """Nothing is held."""
 
 
 def _is_older(owner: Owner, ref: AdapterRef) -> bool:

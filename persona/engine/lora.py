@@ -13,16 +13,17 @@ from itertools import groupby
 
 import torch
 
-from persona.engine.adapter_file import Adapter
+from persona.engine.adapter_file import Adapter, Array
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import product
 
 Factors = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+ALIGN = 64  # bytes: a cache line, and what vector loads like best
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Resident:
-    """One version's factors on the device."""
+    """One version's factors on the device: views of its pages, which are its own while it is here."""
 
     factors: Factors
     kind: tuple[object, ...]  # adapters of one kind fit into one batched product
@@ -31,17 +32,42 @@ class Resident:
         return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
 
 
-def promote(adapter: Adapter, shape: Shape, dtype: torch.dtype, device: torch.device) -> Resident:
-    """Expand a verified adapter and put it on the device."""
+def nbytes(adapter: Adapter, shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes that `expand` fills."""
+    sizes = [
+        _aligned(adapter.rank(layer, target) * size * dtype.itemsize)
+        for layer in range(shape.layers)
+        for target in TARGETS
+        for size in shape.projection(target)
+    ]
+    return sum(sizes)
+
+
+def expand(adapter: Adapter, shape: Shape, dtype: torch.dtype, memory: torch.Tensor) -> Resident:
+    """Write a verified adapter's factors into `memory` (uint8), where they stay.
+
+    | A of layer 0, qkv | B | A of layer 0, o | B | …   each begins at a multiple of 64 bytes
+    """
     factors: Factors = {}
+    start = 0
+
+    def placed(values: Array) -> torch.Tensor:
+        """values: [n, m] → a view [m, n] of the next bytes."""
+        nonlocal start
+        view = memory[start : start + values.size * dtype.itemsize].view(dtype).view(values.shape[::-1])
+        start += _aligned(view.nbytes)
+        return view.copy_(torch.from_numpy(values).t())
+
     for layer in range(shape.layers):
         for target in TARGETS:
-            if (pair := adapter.factors(layer, target, shape)) is None:
-                continue
-            a = torch.from_numpy(pair[0]).t().contiguous().to(device, dtype)
-            factors[layer, target] = a, torch.from_numpy(pair[1]).t().contiguous().to(device, dtype)
+            if (pair := adapter.factors(layer, target, shape)) is not None:
+                factors[layer, target] = placed(pair[0]), placed(pair[1])
     kind = tuple((key, a.shape[1]) for key, (a, _) in factors.items())
     return Resident(factors, kind)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
 
 
 @dataclass(frozen=True, slots=True)

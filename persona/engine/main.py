@@ -21,7 +21,6 @@ from jobs.trainer import Trainer
 from persona.engine import adapter_file, branches, decoder, lora, protocol, weights
 from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
-from persona.engine.decoder import Decoder
 from persona.engine.device import Form
 from persona.engine.grammar import Grammars
 from persona.engine.loop import EngineLoop
@@ -32,8 +31,6 @@ from persona.engine.runner import Runner
 from persona.engine.scheduler import Scheduler
 from persona.engine.text import Text
 from persona.engine.tiers import Submit, Tiers
-
-ADAPTER_SHARE = 4  # adapters get one part in so many of the memory budget; the cache has the rest
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -60,9 +57,9 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
     torch.set_num_threads(weights.threads(options.threads))
     folder = Path(options.folder)
     base = decoder.load(folder, options.weights, options.device)
-    pages = _pages(options, base)
-    pool = PagePool(pages, options.page_tokens)
-    memory = Memory(pages, KvCache.page_bytes(base.shape, options.page_tokens, base.dtype), base.device)
+    page_bytes = KvCache.page_bytes(base.shape, options.page_tokens, base.dtype)
+    memory = Memory((options.memory_mb << 20) // page_bytes, page_bytes, base.device)
+    pool = PagePool(memory.pages, options.page_tokens)
     cache = KvCache(memory, base.shape, options.page_tokens, base.dtype)
     health = Health(
         base=options.base,
@@ -83,18 +80,19 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
 
     tiers = Tiers(
         read,
-        lambda adapter: lora.promote(adapter, base.shape, base.dtype, base.device),
-        device_budget=(options.memory_mb << 20) // ADAPTER_SHARE,
+        lambda adapter: memory.needed(lora.nbytes(adapter, base.shape, base.dtype)),
+        lambda adapter, pages: lora.expand(adapter, base.shape, base.dtype, memory.run(pages)),
+        pool=pool,
         host_budget=options.host_mb << 20,
         submit=loader,
     )
     return EngineLoop(
         scheduler=Scheduler(
             pool,
+            tiers,
             max_running=options.max_running,
             max_waiting=options.max_waiting,
             prefill_tokens=options.prefill_tokens,
-            ready=tiers.ready,
         ),
         runner=Runner(base, cache),
         tiers=tiers,
@@ -109,12 +107,6 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
         send=send,
         patience=options.patience_seconds,
     )
-
-
-def _pages(options: Options, base: Decoder) -> int:
-    """Cache pages in what the adapters leave of the budget."""
-    budget = (options.memory_mb << 20) * (ADAPTER_SHARE - 1) // ADAPTER_SHARE
-    return int(budget // KvCache.page_bytes(base.shape, options.page_tokens, base.dtype))
 
 
 def _memory_used(device: torch.device) -> int:

@@ -17,7 +17,7 @@ class Memory:
     """`pages` pages of `page_bytes` bytes each, not initialized. bytes: uint8 [pages · page_bytes]."""
 
     def __init__(self, pages: int, page_bytes: int, device: torch.device) -> None:
-        self.page_bytes = page_bytes
+        self.pages, self.page_bytes = pages, page_bytes
         self.bytes = torch.empty(pages * page_bytes, dtype=torch.uint8, device=device)
 
     def run(self, pages: Sequence[int]) -> torch.Tensor:
@@ -26,5 +26,5 @@ class Memory:
         return self.bytes[pages[0] * self.page_bytes : (pages[-1] + 1) * self.page_bytes]
 
     def needed(self, nbytes: int) -> int:
-        """Pages that hold so many bytes."""
-        return -(-nbytes // self.page_bytes)
+        """Pages that hold so many bytes: one at least."""
+        return max(1, -(-nbytes // self.page_bytes))

@@ -7,15 +7,17 @@ owner or the block before it, and its tokens themselves: no hash can be mistaken
                                           └── block "e f x y"
 
 A block that a running sequence uses never leaves. The others are idle: they leave, longest unused first, when pages
-are wanted or when their user has more than `quota` of them. Whoever uses a block uses all before it, and lets go of the
-last one first, so the longest unused is never one that another stands behind.
+are wanted (pages.py) or when their user has more than `quota` of them. Whoever uses a block uses all before it, and
+lets go of the last one first, so the longest unused is never one that another stands behind. One that has to leave
+for the place where it lies takes along what stands behind it.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from persona.engine.pages import PagePool
+from persona.engine.pages import Idle, PagePool
 from persona.engine.protocol import AdapterRef
 
 
@@ -29,12 +31,14 @@ class Owner(NamedTuple):
 class Block:
     """A full page of computed tokens. Known by identity."""
 
-    __slots__ = ("known", "owner", "page", "parent", "tokens", "users")
+    __slots__ = ("behind", "known", "owner", "page", "parent", "since", "tokens", "users")
 
     def __init__(self, owner: Owner, parent: "Block | None", tokens: tuple[int, ...], page: int) -> None:
         self.owner, self.parent, self.tokens, self.page = owner, parent, tokens, page
         self.users = 0  # running sequences
         self.known = True  # whether a later sequence may find it
+        self.behind: set[Block] = set()  # known ones that this one is the parent of
+        self.since = 0  # when its last user let go of it, by the pool's clock
 
     @property
     def key(self) -> "Key":
@@ -54,16 +58,16 @@ class PrefixCache:
         self._blocks: dict[Key, Block] = {}
         self._idle: OrderedDict[Block, None] = OrderedDict()  # longest unused first
         self._idle_of: dict[int, OrderedDict[Block, None]] = {}  # the same by user
+        pool.join(self)
 
     @property
-    def available(self) -> int:
-        """Pages that a sequence could get."""
-        return self.pool.free + len(self._idle)
-
-    @property
-    def idle(self) -> int:
+    def idle_pages(self) -> int:
         """Pages that hold text which nobody is using."""
         return len(self._idle)
+
+    def idle(self) -> Iterator[Idle]:
+        for block in self._idle:
+            yield Idle(block.since, (block.page,), partial(self._give_way, block))
 
     def match(self, owner: Owner, tokens: Sequence[int]) -> list[Block]:
         """The longest chain of blocks that `tokens` begin with; at least one token is left over."""
@@ -78,12 +82,10 @@ class PrefixCache:
     def take(self, held: Sequence[Block], count: int) -> list[int] | None:
         """Hold a matched chain and get `count` pages; None, and nothing held, if there are not as many."""
         self._hold(held)
-        if self.available < count:
+        pages = self.pool.take(count)
+        if pages is None:
             self.release(held)
-            return None
-        while self.pool.free < count:
-            self._evict(next(iter(self._idle)))
-        return self.pool.take(count)
+        return pages
 
     def keep(self, owner: Owner, before: Block | None, tokens: tuple[int, ...], page: int) -> Block | None:
         """A sequence has filled `page`: a new block, held by it. None if the same text is a block already."""
@@ -91,6 +93,8 @@ class PrefixCache:
         if block.key in self._blocks or (before is not None and not before.known):
             return None
         self._blocks[block.key] = block
+        if before is not None:
+            before.behind.add(block)
         block.users = 1
         return block
 
@@ -102,6 +106,7 @@ class PrefixCache:
             if block.users:
                 continue
             if block.known:
+                block.since = self.pool.now()
                 self._idle[block] = None
                 self._idle_of.setdefault(block.owner.user_id, OrderedDict())[block] = None
                 touched.add(block.owner.user_id)
@@ -116,14 +121,14 @@ class PrefixCache:
         for block in [block for block in self._blocks.values() if which(block.owner)]:
             if block in self._idle:
                 self._evict(block)
-            else:
+            elif block.known:
                 del self._blocks[block.key]
                 block.known = False
 
     def check(self, held: Sequence[Sequence[Block]], pages: Iterable[list[int]]) -> None:
         """Assert that every page is free, idle, held or owned, once, and that no chain has a gap.
 
-        held: the chains of all sequences · pages: those that sequences own without a block.
+        held: the chains of all sequences · pages: those that sequences own without a block, and those of adapters.
         """
         used: dict[Block, int] = {}
         for chain in held:
@@ -135,6 +140,8 @@ class PrefixCache:
         known = set(self._blocks.values())
         assert all(block.parent is None or block.parent in known for block in known), "a block lost what is before it"
         assert {*self._idle, *(block for block in used if block.known)} == known, "a block is nobody's"
+        assert all(block in (block.parent or block).behind for block in known if block.parent), "a block is forgotten"
+        assert [*self._idle] == sorted(self._idle, key=lambda block: block.since), "the order of leaving is broken"
         by_user = [block for mine in self._idle_of.values() for block in mine]
         assert len(by_user) == len(self._idle)
         self.pool.check([*pages, [block.page for block in {*self._idle, *used}]])
@@ -145,7 +152,16 @@ class PrefixCache:
                 self._leave_idle(block)
             block.users += 1
 
+    def _give_way(self, block: Block) -> None:
+        if block.known:
+            self._evict(block)
+
     def _evict(self, block: Block) -> None:
+        """All that stand behind it are idle, too: whoever used one would use this one."""
+        while block.behind:
+            self._evict(next(iter(block.behind)))
+        if block.parent is not None:
+            block.parent.behind.discard(block)
         self._leave_idle(block)
         del self._blocks[block.key]
         block.known = False

@@ -150,6 +150,7 @@ class Health(msgspec.Struct, frozen=True):
     waiting: int = 0
     resident: int = 0  # adapters on the device
     resident_bytes: int = 0
+    adapter_pages: int = 0  # pages that they take
     loads: int = 0  # adapters brought to the device since the start
     disk_loads: int = 0  # of these, from their files
     loaded_bytes: int = 0

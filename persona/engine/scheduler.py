@@ -1,18 +1,20 @@
 """Which sequences take part in the next step: pure Python over integers, no torch.
 
-A sequence reserves pages for its prompt and its longest reply when it is admitted, so a running one never waits for
-memory; what an earlier one of the same user and version left behind is not computed again (prefix.py). Chat goes
-before scoring; who is next among users says waiting.py. Every step decodes all running rows and prefills at most
-`prefill_tokens` prompt tokens beside them.
+A sequence reserves pages for its prompt and its longest reply, and holds its adapter, when it is admitted, so a running
+one never waits for memory; what an earlier one of the same user and version left behind is not computed again
+(prefix.py). Chat goes before scoring; who is next among users says waiting.py. Every step decodes all running rows and
+prefills at most `prefill_tokens` prompt tokens beside them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any, Protocol
 
 from persona.engine.pages import PagePool
 from persona.engine.prefix import Block, Owner, PrefixCache
 from persona.engine.protocol import AdapterRef
+from persona.engine.shelf import Absent, Lease, Shelf
 from persona.engine.waiting import GENERATED, Shares, WaitingRoom
 
 
@@ -29,6 +31,7 @@ class Sequence:
     prompt: int  # how many of `tokens` were given
     limit: int  # tokens it may grow to
     adapter: AdapterRef | None = None
+    lease: Lease[Any] | None = None  # of the adapter, from admission on
     targets: tuple[int, ...] = ()  # positions to score; empty for chat
     top: int = 0  # alternatives that are told with each of them
     background: bool = False
@@ -55,14 +58,29 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: these rows decode one token each, these segments are prefilled. `admitted` are new among them."""
+    """One step: these rows decode one token each, these segments are prefilled. `admitted` are new among them;
+    `refused` are gone, as no memory is large enough for them and their adapters."""
 
     decode: list[Sequence]
     prefill: list[Segment]
     admitted: list[Sequence] = field(default_factory=list)
+    refused: list[Sequence] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill)
+
+
+class Adapters(Protocol):
+    """Where adapters come from: tiers.Tiers."""
+
+    @property
+    def shelf(self) -> Shelf[Any]: ...
+
+    def hold(self, ref: AdapterRef) -> Lease[Any] | Absent: ...
+
+    def release(self, lease: Lease[Any], *, used: bool = True) -> None: ...
+
+    def fetch(self, ref: AdapterRef, spared: Collection[AdapterRef]) -> Absent: ...
 
 
 class Scheduler:
@@ -71,15 +89,13 @@ class Scheduler:
     def __init__(
         self,
         pool: PagePool,
+        adapters: Adapters,
         *,
         max_running: int,
         max_waiting: int,
         prefill_tokens: int,
-        ready: Callable[[AdapterRef], bool] = lambda ref: True,
     ) -> None:
-        """ready: whether the adapter is on the device; if not, it is on its way from then on."""
-        self._ready = ready
-        self.pool, self.prefix = pool, PrefixCache(pool)
+        self.pool, self.prefix, self._adapters = pool, PrefixCache(pool), adapters
         self.prompt_tokens = self.cached_tokens = 0  # of all that were admitted with an owner
         self._max_running, self._max_waiting, self._prefill_tokens = max_running, max_waiting, prefill_tokens
         self.shares = Shares()
@@ -102,7 +118,7 @@ class Scheduler:
         return len(self._waiting[0]) >= self._max_waiting
 
     def fits(self, tokens: int) -> bool:
-        """Whether a sequence of `tokens` can ever run."""
+        """Whether a sequence of `tokens` can ever run on the bare base."""
         return self.pool.needed(tokens) <= self.pool.total
 
     def add(self, sequence: Sequence) -> None:
@@ -111,7 +127,7 @@ class Scheduler:
         if not sequence.background:
             self.shares.come(sequence.user_id)
         if sequence.adapter is not None and len(room) <= self._max_running:
-            self._ready(sequence.adapter)
+            self._adapters.fetch(sequence.adapter, self.wanted())
 
     def give_way(self, user_id: int) -> Sequence | None:
         """Who should leave a full waiting room for a request of this user; None: nobody, it is fairly full."""
@@ -122,7 +138,7 @@ class Scheduler:
         return self._waiting[sequence.background].order().index(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its pages."""
+        """Take a sequence out, wherever it is, free its pages and let go of its adapter."""
         if sequence in self._running:
             self._running.remove(sequence)
         else:
@@ -134,12 +150,18 @@ class Scheduler:
         self.pool.give(own)
         sequence.pages.clear()
         sequence.blocks.clear()
+        if sequence.lease is not None:
+            self._adapters.release(sequence.lease)
+            sequence.lease = None
 
     def plan(self) -> Plan:
         """Admit who fits, then choose this step's rows."""
-        admitted = list(self._admit())
+        admitted, refused = list[Sequence](), list[Sequence]()
+        self._adapters.shelf.expect(s.adapter for s in self._near() if s.adapter is not None)
+        if self._admit(admitted, refused):
+            self._prefetch()
         decode = [s for s in self._running if not s.prefilling]
-        return Plan(decode, list(self._segments(self._prefill_tokens)), admitted)
+        return Plan(decode, list(self._segments(self._prefill_tokens)), admitted, refused)
 
     def advanced(self, plan: Plan) -> None:
         """The step of `plan` is done: pages that it filled become blocks."""
@@ -157,29 +179,63 @@ class Scheduler:
             yield from room
 
     def check(self) -> None:
-        """Assert that no page leaked."""
-        everybody = list(self.sequences())
+        """Assert that no page and no lease leaked."""
+        everybody, shelf = list(self.sequences()), self._adapters.shelf
         for one in everybody:
             assert one.pages[: len(one.blocks)] == [block.page for block in one.blocks], "pages are not their blocks'"
-        self.prefix.check([one.blocks for one in everybody], [one.pages[len(one.blocks) :] for one in everybody])
+        own = [one.pages[len(one.blocks) :] for one in everybody]
+        self.prefix.check([one.blocks for one in everybody], [*own, *(lease.pages for lease in shelf.leases)])
+        shelf.check([one.lease for one in everybody if one.lease is not None])
 
     def wanted(self) -> set[AdapterRef]:
         """The adapters of all running sequences and of those whose turn is near."""
-        near = (sequence for room in self._waiting for sequence in room.order(self._max_running))
-        return {s.adapter for s in chain(self._running, near) if s.adapter is not None}
+        return {s.adapter for s in chain(self._running, self._near()) if s.adapter is not None}
 
-    def _admit(self) -> Iterator[Sequence]:
-        """In the order of the room. Whose adapter is still on its way is passed over; who needs more pages than are
-        left is not, or a large request would starve."""
+    def _near(self) -> Iterator[Sequence]:
+        """Those whose turn is near, in its order."""
         for room in self._waiting:
-            for sequence in room.order(self._max_running):
-                if sequence.adapter is not None and not self._ready(sequence.adapter):
+            yield from room.order(self._max_running)
+
+    def _admit(self, admitted: list[Sequence], refused: list[Sequence]) -> bool:
+        """In the order of the room. Whose adapter is still on its way is passed over; who needs more pages than are
+        left, or whose adapter does, is not, or a large request would starve. Whether there was room for all."""
+        for sequence in self._near():
+            if len(self._running) == self._max_running:
+                return True
+            if sequence.adapter is not None:
+                found = self._adapters.hold(sequence.adapter)
+                if found is Absent.COMING:
                     continue
-                if len(self._running) == self._max_running or not self._reserve(sequence):
-                    return
-                room.discard(sequence)
+                if found is Absent.NO_ROOM:
+                    return False
+                sequence.lease = found
+            if self._never_fits(sequence):
+                self.remove(sequence)
+                refused.append(sequence)
+            elif self._reserve(sequence):
+                self._waiting[sequence.background].discard(sequence)
                 self._running.append(sequence)
-                yield sequence
+                admitted.append(sequence)
+            else:
+                self._let_go(sequence)
+                return False
+        return True
+
+    def _prefetch(self) -> None:
+        """Load the adapters of those whose turn is near, as far as there is room beside each other's."""
+        wanted = self.wanted()
+        for sequence in self._near():
+            if sequence.adapter is not None and self._adapters.fetch(sequence.adapter, wanted) is Absent.NO_ROOM:
+                return
+
+    def _never_fits(self, sequence: Sequence) -> bool:
+        own = len(sequence.lease.pages) if sequence.lease else 0
+        return self.pool.needed(sequence.limit) + own > self.pool.total
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.lease is not None:
+            self._adapters.release(sequence.lease, used=False)
+            sequence.lease = None
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Pages for all that the sequence may become; False if there are not as many."""

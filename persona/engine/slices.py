@@ -82,10 +82,10 @@ class Slices:
         share = SCORING if self._scorings else SHARE
         self._credit = min(0.0, self._credit + share * seconds)
 
-    def work(self, *, beside: bool) -> None:
-        """One slice; beside running sequences only if they have earned it."""
+    def work(self, *, beside: bool) -> bool:
+        """One slice, if there is one; beside running sequences only if they have earned it. Whether there was."""
         if not self.waiting or (beside and self._credit < 0):
-            return
+            return False
         started = time.perf_counter()
         self.done += 1
         if self._scorings:
@@ -93,6 +93,7 @@ class Slices:
         elif self._training:
             self._train(*self._training)
         self._credit -= (time.perf_counter() - started) * beside
+        return True
 
     def _score(self, scoring: Scoring) -> None:
         try:

@@ -1,8 +1,12 @@
-"""Pages and the waiting room: who comes first, who waits, and what comes back."""
+"""Pages and the waiting room: who comes first, who gives way, who waits, and what comes back."""
+
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
+from workbench import plain_tiers
 
-from persona.engine.pages import PagePool
+from persona.engine.pages import Idle, PagePool
 from persona.engine.scheduler import Scheduler, Sequence
 
 
@@ -30,6 +34,76 @@ def test_a_leak_is_noticed() -> None:
         pool.check([])
 
 
+class Things:
+    """A kind of what pages hold: each thing is idle from the moment it comes."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool, self.here = pool, dict[str, tuple[int, list[int]]]()
+        pool.join(self)
+
+    def come(self, name: str, pages: list[int] | None) -> None:
+        assert pages is not None
+        self.here[name] = self.pool.now(), pages
+
+    @property
+    def idle_pages(self) -> int:
+        return sum(len(pages) for _, pages in self.here.values())
+
+    def idle(self) -> Iterator[Idle]:
+        for name, (since, pages) in self.here.items():
+            yield Idle(since, pages, partial(self._leave, name))
+
+    def _leave(self, name: str) -> None:
+        if name in self.here:
+            self.pool.give(self.here.pop(name)[1])
+
+
+def test_context_comes_from_the_bottom_and_runs_from_the_top() -> None:
+    pool = PagePool(8, 8)
+    assert pool.take(2) == [0, 1]
+    assert pool.take_run(3) == [5, 6, 7]
+    assert pool.take_run(4) is None
+    assert pool.take_run(3) == [2, 3, 4]
+    assert pool.take(1) is None
+
+
+def test_the_longest_unused_gives_way_whatever_it_is() -> None:
+    pool = PagePool(8, 8)
+    texts, adapters = Things(pool), Things(pool)
+    texts.come("old text", pool.take(2))
+    adapters.come("old adapter", pool.take_run(2))
+    texts.come("text", pool.take(2))
+    adapters.come("adapter", pool.take_run(2))
+    assert pool.take(1) == [0]
+    assert [*texts.here, *adapters.here] == ["text", "old adapter", "adapter"]
+    assert pool.take(2) == [1, 6]
+    assert [*texts.here, *adapters.here] == ["text", "adapter"]
+    assert pool.available == 5
+
+
+@pytest.mark.parametrize(("spared", "left", "run"), [([], "bc", [6, 7]), ([6, 7], "ac", [0, 1])])
+def test_a_run_is_made_where_it_costs_the_least(spared: list[int], left: str, run: list[int]) -> None:
+    pool = PagePool(8, 8)
+    things = Things(pool)
+    things.come("a", pool.take_run(2))
+    pool.take_run(2)  # in use
+    things.come("b", pool.take(2))
+    things.come("c", pool.take(2))
+    assert pool.take_run(2, spared) == run
+    assert "".join(sorted(things.here)) == left
+
+
+def test_a_run_that_pages_in_use_break_up_is_not_to_be_had_and_nobody_leaves_for_it() -> None:
+    pool = PagePool(5, 8)
+    things = Things(pool)
+    things.come("text", pool.take(2))
+    pool.take(1)
+    assert pool.available == 4
+    assert pool.take_run(3) is None
+    assert pool.take_run(6) is None
+    assert things.here
+
+
 def sequence(number: int, prompt: int, reply: int, background: bool = False) -> Sequence:
     made = Sequence(number, [0] * prompt, prompt, prompt + reply, background=background)
     made.targets = (1,) if background else ()
@@ -37,7 +111,8 @@ def sequence(number: int, prompt: int, reply: int, background: bool = False) -> 
 
 
 def scheduler(pages: int = 8, running: int = 4, prefill: int = 16) -> Scheduler:
-    return Scheduler(PagePool(pages, 8), max_running=running, max_waiting=3, prefill_tokens=prefill)
+    pool = PagePool(pages, 8)
+    return Scheduler(pool, plain_tiers(pool), max_running=running, max_waiting=3, prefill_tokens=prefill)
 
 
 def test_the_waiting_room_is_full_at_its_bound() -> None:

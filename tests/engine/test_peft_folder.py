@@ -50,7 +50,8 @@ def ours(models: Models, kind: str, folder: Path, tokens: list[int]) -> torch.Te
     decoder = models.decoder(kind)
     decoder.dtype = torch.float32
     adapter = adapter_file.parse((folder / FILE).read_bytes())
-    resident = lora.promote(adapter, decoder.shape, torch.float32, decoder.device)
+    memory = torch.empty(lora.nbytes(adapter, decoder.shape, torch.float32), dtype=torch.uint8)
+    resident = lora.expand(adapter, decoder.shape, torch.float32, memory)
 
     class Adapted(Whole):
         def project(self, layer: int, target: str, base: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,9 @@
 """The prefix cache: what was computed is not computed again, and nobody reads what is another's or out of date."""
 
-from itertools import product
 from pathlib import Path
 
 import adapters
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from models import Models
 from plain import some_tokens
 from workbench import Bench
@@ -16,7 +12,6 @@ from persona.engine import protocol
 from persona.engine.pages import PagePool
 from persona.engine.prefix import Owner, PrefixCache
 from persona.engine.protocol import AdapterRef
-from persona.engine.scheduler import Scheduler, Sequence
 
 SIZE = 4
 OWNERS = [
@@ -24,8 +19,8 @@ OWNERS = [
 ]
 
 
-def fill(cache: PrefixCache, owner: Owner, tokens: list[int]) -> None:
-    """A sequence comes, computes all of `tokens` and goes."""
+def fill(cache: PrefixCache, owner: Owner, tokens: list[int], *others: list[int]) -> None:
+    """A sequence comes, computes all of `tokens` and goes. others: pages that somebody else has meanwhile."""
     chain = cache.match(owner, tokens)
     pages = cache.take(chain, cache.pool.needed(len(tokens)) - len(chain))
     assert pages is not None
@@ -36,7 +31,7 @@ def fill(cache: PrefixCache, owner: Owner, tokens: list[int]) -> None:
         chain.append(block)
     cache.release(chain)
     cache.pool.give(pages)
-    cache.check([], [])
+    cache.check([], others)
 
 
 def found(cache: PrefixCache, owner: Owner, tokens: list[int]) -> int:
@@ -77,7 +72,7 @@ def test_one_user_cannot_crowd_out_another() -> None:
     for number in range(100):
         fill(cache, Owner(3, None), [number] * 12)
     assert found(cache, OWNERS[0], [7] * 9) == 8
-    assert cache.idle == 2 + 4
+    assert cache.idle_pages == 2 + 4
 
 
 def test_what_cannot_be_had_changes_nothing() -> None:
@@ -89,110 +84,19 @@ def test_what_cannot_be_had_changes_nothing() -> None:
     cache.check([], [])
 
 
-class Rooms(RuleBasedStateMachine):
-    """Arrivals, steps, departures, flips and drops in any order. `written` is what the pages really hold."""
-
-    @initialize(pages=st.integers(4, 24), running=st.integers(1, 6), prefill=st.integers(1, 40))
-    def open(self, pages: int, running: int, prefill: int) -> None:
-        self.rooms = Scheduler(PagePool(pages, SIZE), max_running=running, max_waiting=3, prefill_tokens=prefill)
-        self.running, self.prefill = running, prefill
-        self.here: list[Sequence] = []
-        self.owners: dict[int, Owner | None] = {}
-        self.stale: set[Owner] = set()  # dropped while in use: nobody may find these any more
-        self.written: dict[tuple[int, int], tuple[object, tuple[int, ...]]] = {}
-        self.count = 0
-
-    @rule(
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=30),
-        reply=st.integers(1, 30),
-        background=st.booleans(),
-        owner=st.sampled_from([None, *OWNERS]),
-    )
-    def arrive(self, prompt: list[int], reply: int, background: bool, owner: Owner | None) -> None:
-        if not self.rooms.fits(len(prompt) + reply):
-            return
-        self.count += 1
-        one = Sequence(self.count, list(prompt), len(prompt), len(prompt) + reply, background=background)
-        one.owner = self.owners[one.id] = None if background else owner
-        one.targets = (1,) if background else ()
-        self.here.append(one)
-        self.rooms.add(one)
-
-    @rule()
-    def step(self) -> None:
-        plan = self.rooms.plan()
-        assert sum(s.end - s.start for s in plan.prefill) <= self.prefill
-        members = [*plan.decode, *(s.sequence for s in plan.prefill)]
-        assert len({id(s) for s in members}) == len(members)
-        assert bool(plan) == (not self.rooms.idle)
-        for one in plan.decode:
-            self._write(one, one.computed + 1)
-        for segment in plan.prefill:
-            assert segment.start == segment.sequence.computed < segment.end
-            self._write(segment.sequence, segment.end)
-        self.rooms.advanced(plan)
-        for one in members:
-            if not one.prefilling:
-                self._extend(one)
-
-    @precondition(lambda self: self.here)
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
-        self._end(data.draw(st.sampled_from(self.here)))
-
-    @rule()
-    def everybody_leaves(self) -> None:
-        for one in list(self.here):
-            self._end(one)
-        assert self.rooms.idle
-        assert self.rooms.prefix.available == self.rooms.pool.total
-
-    @rule(user=st.sampled_from([1, 2]))
-    def drop(self, user: int) -> None:
-        self.rooms.prefix.forget(lambda owner: owner.user_id == user)
-        for owner in OWNERS:
-            assert owner.user_id != user or not self._matches(owner)
-
-    @rule(owner=st.sampled_from([owner for owner in OWNERS if owner.adapter]))
-    def flip(self, owner: Owner) -> None:
-        kept = {one: self._matches(one) for one in (owner, Owner(owner.user_id, None))}
-        self.rooms.prefix.forget(lambda o: o.user_id == owner.user_id and o.adapter not in (None, owner.adapter))
-        assert {one: self._matches(one) for one in kept} == kept
-
-    def _matches(self, owner: Owner) -> int:
-        return sum(len(self.rooms.prefix.match(owner, [*start, 9])) for start in product((0, 1), repeat=SIZE))
-
-    def _write(self, one: Sequence, end: int) -> None:
-        """Compute up to `end`. What was there before, cached or not, must be this text under this owner."""
-        whose = self.owners[one.id] or one.id
-        for place in range(one.computed):
-            slot = one.pages[place // SIZE], place % SIZE
-            assert self.written[slot] == (whose, tuple(one.tokens[: place + 1]))
-        for place in range(one.computed, end):
-            self.written[one.pages[place // SIZE], place % SIZE] = whose, tuple(one.tokens[: place + 1])
-        one.computed = end
-
-    def _extend(self, one: Sequence) -> None:
-        assert len(one.pages) * SIZE >= one.limit
-        one.tokens.append(len(one.tokens) % 2)
-        if one.background or len(one.tokens) >= one.limit:
-            self._end(one)
-
-    def _end(self, one: Sequence) -> None:
-        self.here.remove(one)
-        self.rooms.remove(one)
-        assert one.pages == []
-
-    @invariant()
-    def nothing_leaked(self) -> None:
-        if hasattr(self, "rooms"):
-            self.rooms.check()
-            assert self.rooms.running <= self.running
-            assert self.rooms.running + self.rooms.waiting == len(self.here)
-
-
-TestRooms = Rooms.TestCase
-TestRooms.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+def test_a_block_that_leaves_for_its_place_takes_along_what_stands_behind_it() -> None:
+    cache = PrefixCache(PagePool(6, SIZE), quota=1.0)
+    used = cache.pool.take(4)
+    assert used is not None
+    fill(cache, OWNERS[0], [1] * 4, used)  # into page 4
+    cache.pool.give([used.pop(0)])
+    fill(cache, OWNERS[0], [*[1] * 4, *[2] * 4], used)  # behind it, into page 0
+    assert found(cache, OWNERS[0], [*[1] * 4, *[2] * 4, 3]) == 8
+    run = cache.pool.take_run(2)
+    assert run == [4, 5]
+    assert found(cache, OWNERS[0], [*[1] * 4, *[2] * 4, 3]) == 0
+    assert cache.pool.free == 1
+    cache.check([], [used, run])
 
 
 # --- in the engine

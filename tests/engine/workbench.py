@@ -36,6 +36,7 @@ from persona.engine.tiers import Submit, Tiers
 from persona.engine.weights import Projection
 
 PAGE = 8
+ADAPTER = 13  # pages of PAGE tokens that an adapter of rank 8 on every layer of a tiny model takes
 
 
 class Bench:
@@ -52,7 +53,6 @@ class Bench:
         waiting: int = 64,
         prefill: int = 64,
         context: int = 512,
-        budget: int = 1 << 26,
         host: int = 1 << 26,
         submit: Submit = lambda load: load(),
         patience: float = math.inf,
@@ -66,19 +66,21 @@ class Bench:
         self.answers: dict[int, list[Reply]] = {}
         page_bytes = KvCache.page_bytes(self.shape, page, self.decoder.dtype)
         self.memory = Memory(pages, page_bytes, self.decoder.device)
+        dtype, pool = self.decoder.dtype, PagePool(pages, page)
         self.tiers = Tiers(
             self._read,
-            lambda found: lora.promote(found, self.shape, self.decoder.dtype, self.decoder.device),
-            device_budget=budget,
+            lambda found: self.memory.needed(lora.nbytes(found, self.shape, dtype)),
+            lambda found, into: lora.expand(found, self.shape, dtype, self.memory.run(into)),
+            pool=pool,
             host_budget=host,
             submit=submit,
         )
         self.scheduler = Scheduler(
-            PagePool(pages, page),
+            pool,
+            self.tiers,
             max_running=running,
             max_waiting=waiting,
             prefill_tokens=prefill,
-            ready=self.tiers.ready,
         )
         health = Health(self.prepared.base, "tiny", "cpu", weights, context, self.shape.vocab)
         self.loop = EngineLoop(
@@ -151,7 +153,8 @@ class Bench:
         """Work until there is nothing left."""
         for _ in range(5000):
             if self.loop.idle:
-                assert self.scheduler.prefix.available == self.scheduler.pool.total
+                filling = sum(len(lease.pages) for lease in self.tiers.shelf.leases if lease.value is None)
+                assert self.scheduler.pool.available + filling == self.scheduler.pool.total
                 return
             self.work()
         raise AssertionError("the engine never became idle")
@@ -179,6 +182,24 @@ class Bench:
         job = self.generate(tokens, adapter, count, **options)
         self.finish()
         return self.text(job)
+
+
+def plain_tiers(pool: PagePool) -> Tiers:
+    """Adapters without tensors, one page each, loaded at once."""
+
+    class Value:
+        def nbytes(self) -> int:
+            return 1
+
+    made: Any = Value()
+    return Tiers(
+        lambda ref: made,
+        lambda adapter: 1,
+        lambda adapter, pages: made,
+        pool=pool,
+        host_budget=100,
+        submit=lambda load: load(),
+    )
 
 
 @lru_cache

@@ -1,0 +1,59 @@
+"""Requests outside the scheduler that need an adapter on the device: staging, flips and the gate's scoring.
+
+While they wait they hold neither pages nor a lease. Whenever something was loaded or given back they ask again, in
+order of arrival, before the scheduler admits anybody, and whatever is idle gives way: none of them waits for ever.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from persona.engine.lora import Resident
+from persona.engine.protocol import AdapterRef, Reply
+from persona.engine.shelf import Absent, Lease
+from persona.engine.tiers import Tiers
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Errand:
+    """What the request `job` waits for. then: takes the lease over · aborted: what to say if it is aborted."""
+
+    job: int
+    ref: AdapterRef
+    then: Callable[[Lease[Resident]], None]
+    aborted: Reply | None = None
+
+
+class Awaiting:
+    """All that wait."""
+
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
+        self._errands: list[Errand] = []
+
+    def add(self, errand: Errand) -> None:
+        self._errands.append(errand)
+
+    def served(self) -> list[tuple[Errand, Lease[Resident]]]:
+        """Those whose adapter is on the device now, with a lease of it. The others have theirs loaded."""
+        served = []
+        for errand in list(self._errands):
+            found = self._tiers.hold(errand.ref)
+            if found is Absent.NO_ROOM:
+                break
+            if found is not Absent.COMING:
+                self._errands.remove(errand)
+                served.append((errand, found))
+        return served
+
+    def failed(self, ref: AdapterRef) -> list[Errand]:
+        """Its adapter could not be loaded: those who waited for it."""
+        some = [errand for errand in self._errands if errand.ref == ref]
+        self._errands = [errand for errand in self._errands if errand.ref != ref]
+        return some
+
+    def abort(self, job: int) -> Errand | None:
+        """Take out what belongs to the request, if there is something."""
+        errand = next((errand for errand in self._errands if errand.job == job), None)
+        if errand is not None:
+            self._errands.remove(errand)
+        return errand
