@@ -13,6 +13,9 @@ STAMP := $(if $(TORCH),$(VENV)/.installed-$(TORCH),$(or $(firstword $(wildcard $
 # The build of torch: its local version says cpu; every other build of that release carries CUDA.
 TORCH_cpu := torch==2.13.0+cpu
 TORCH_cuda := torch!=2.13.0+cpu
+# Triton's interpreter, for the tests of the kernels: 286 MB to fetch and 1 GB on the disk, so only where nothing may be
+# left out. A CUDA build of torch has brought Triton along.
+TRITON := $(if $(filter true,$(CI)),$(VENV)/.triton)
 SOURCES := persona jobs storage tests
 # What pip says when no package index answers.
 OFFLINE := NewConnectionError|NameResolutionError|name resolution|Max retries|Read timed out|unreachable
@@ -35,7 +38,7 @@ help:  ## list the targets
 run: $(STAMP)  ## start persona with CONFIG=configs/demo.toml; TORCH=cpu|cuda chooses the build of torch
 	@$(BIN)/persona serve --config $(CONFIG) --demo
 
-test: $(STAMP)  ## run the whole test suite; ARGS are passed to pytest
+test: $(STAMP) $(TRITON)  ## run the whole test suite; ARGS are passed to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
@@ -59,3 +62,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check --retries 2 -c constraints.txt -e '.[demo,dev]' '$(or $(TORCH_$(TORCH)),torch)' \
 		2>$(VENV)/install.log || { $(EXPLAIN); exit 1; }
 	@rm -f $(VENV)/.installed-* && touch $@
+
+$(VENV)/.triton: $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check --retries 2 -c constraints.txt -e '.[gpu]' \
+		2>$(VENV)/install.log || { $(EXPLAIN); exit 1; }
+	@touch $@

@@ -1,6 +1,7 @@
 """The whole service as a fixture: real HTTP on a free port, real SQLite in a temporary folder, a scripted engine."""
 
 import logging
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,6 +17,9 @@ from persona.domain import ChatTokenizer
 from persona.engine.prepare import Prepared
 from persona.engine.scripted import ScriptedEngine, ScriptedText
 from persona.settings import Settings
+
+# Triton reads it when it is first imported, by whatever library: kernels run in its interpreter (tests/engine/kernels).
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

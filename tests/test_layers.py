@@ -30,6 +30,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "aiomqtt": ("persona.ingest",), "paho": ("persona.ingest",), "amqtt": ("persona.ingest",),
     "apscheduler": ("jobs.schedule",),
     "torch": ("persona.engine", "jobs.trainer", "jobs.sparse"),
+    "triton": ("persona.engine.kernels",),
     "bitsandbytes": ("persona.engine.weights", "persona.engine.quantize"),
     "llguidance": ("persona.engine.schema", "persona.engine.grammar"),
     "pickle": (), "dill": (), "cloudpickle": (), "shelve": (), "marshal": (), "joblib": (),

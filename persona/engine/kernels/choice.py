@@ -1,0 +1,40 @@
+"""Which path a device takes, chosen here and nowhere else.
+
+On CUDA the kernels of this package, if Triton is there (torch's CUDA build brings it) and compiles them; its
+interpreter is for tests. Everywhere else plain torch, and nothing imports Triton.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from persona.engine.kernels.reference import DecodeRows
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Signatures are those of reference.py, but for `adapt`: (x, y, table), see triton_lora.py."""
+
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DecodeRows], torch.Tensor]
+    adapt: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+    int4: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    nf4: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+@cache
+def kernels(device: str) -> Kernels | None:
+    """For a type of device; None: plain torch."""
+    there = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
+    return triton_kernels() if device == "cuda" and there else None
+
+
+@cache
+def triton_kernels() -> Kernels:
+    """Raises ImportError without Triton."""
+    from persona.engine.kernels import triton_attention, triton_fourbit, triton_lora
+
+    return Kernels(triton_attention.attend, triton_lora.adapt, triton_fourbit.int4, triton_fourbit.nf4)

@@ -1,0 +1,79 @@
+"""What the kernels compute, in plain torch: the definition of correct. Paged attention is also the CPU path.
+
+    keys, values of one layer: [pages, size, kv_heads, dim], any strides
+    token t of a row lives in page `pages[row, t // size]`, place `t % size`
+
+Beside a row's length nothing of a page counts, not even a NaN. What the CPU has quicker forms for (products of stacked
+adapters in lora.py, torch's int4 kernel in weights.py) stands here in its shortest form, to be compared with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from persona.engine import quantize
+
+FEW = 32  # rows up to which there are kernels for 4-bit products
+# QLoRA (Dettmers et al. 2023), appendix E: the values of NF4's sixteen codes.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Rows of one token each.
+
+    pages: [rows, n], short rows padded with any page · lengths: [rows], tokens seen, at least 1 ·
+    mask: [rows, 1, 1, n · size], True where seen.
+    """
+
+    pages: torch.Tensor
+    lengths: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, pages: torch.Tensor, lengths: torch.Tensor, size: int) -> "DecodeRows":
+        seen = torch.arange(pages.shape[1] * size, device=lengths.device) < lengths[:, None]
+        return cls(pages, lengths, seen[:, None, None, :])
+
+
+def gathered(pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """pool: [pages, size, kv_heads, dim] · pages: [rows, n] → [rows, kv_heads, n · size, dim]."""
+    found = pool.index_select(0, pages.flatten())  # [rows · n, size, kv_heads, dim]
+    return found.view(pages.shape[0], -1, *found.shape[2:]).transpose(1, 2)
+
+
+def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: DecodeRows) -> torch.Tensor:
+    """q: [rows, heads, dim] → [rows, heads · dim]. Query heads of one key head act as that head's query positions."""
+    k, v = gathered(keys, rows.pages), gathered(values, rows.pages)
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=rows.mask).reshape(q.shape[0], -1)
+
+
+def adapt(x: torch.Tensor, y: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
+    """x: [rows, in] · y: [rows, out], changed in place · pairs: A [in, rank] and B [rank, out] of each row, or None."""
+    for row, pair in enumerate(pairs):
+        if pair is not None:
+            y[row] += (x[row] @ pair[0]) @ pair[1]
+
+
+def int4(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x: [rows, in] · codes and scales as in quantize.py → [rows, out]."""
+    return x @ quantize.int4_dense(quantize.unpack_nibbles(codes), scales).t().to(x.dtype)
+
+
+def nf4(x: torch.Tensor, data: torch.Tensor, absmax: torch.Tensor, outputs: int) -> torch.Tensor:
+    """x: [rows, in] · bytes and absmax as in quantize.py → [rows, outputs]."""
+    return x @ nf4_dense(data, absmax, outputs).t().to(x.dtype)
+
+
+def nf4_dense(data: torch.Tensor, absmax: torch.Tensor, outputs: int) -> torch.Tensor:
+    """bytes uint8 [out·in/2, 1], the even column in the high nibble · absmax [out·in/64] → fp32 [outputs, in]."""
+    codes = torch.cat([data >> 4, data & 15], 1).view(-1, quantize.NF4_BLOCK)
+    table = torch.tensor(NF4, device=data.device)
+    return (table[codes.long()] * absmax[:, None]).view(outputs, -1)

@@ -1,0 +1,109 @@
+"""Attention of decode rows over pages, split along the row (Flash-Decoding, Dao et al. 2023; paged: Kwon et al. 2023).
+
+    row 0   │ part 0: SPLIT tokens │ part 1         │ part 2: the rest │
+    row 1   │ part 0: the rest │                      parts beyond a row's length end at once
+
+Each part keeps an online softmax (Milakov and Gimelshein 2018) over its tokens; a second kernel joins a row's parts.
+Where a row is split depends on its own length alone, so its result does not depend on who stands beside it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from persona.engine.kernels.reference import DecodeRows
+from persona.engine.kernels.triton_product import LEAST, operand
+
+SPLIT = 256  # tokens of a part
+BLOCK = 32  # tokens at a time
+
+
+@triton.jit
+def _part(
+    q, keys, values, table, lengths, parts, sums,
+    q_row, q_head, k_page, k_place, k_head, v_page, v_place, v_head, table_row, lengths_row,
+    scale, size, dim, group,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """One part of one row, for the `group` query heads of one key head.
+
+    parts: [rows, heads, parts, dim] fp32, not yet divided by the sum · sums: [rows, heads, parts, 2]: the largest
+    score and the sum of exp(score − largest).
+    """
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = part * SPLIT
+    end = tl.minimum(start + SPLIT, tl.load(lengths + row * lengths_row).to(tl.int32))
+    if start >= end:
+        return
+    heads, dims = tl.arange(0, GROUP), tl.arange(0, DIM)
+    query_at = q + row * q_row + (head * group + heads)[:, None] * q_head + dims[None, :]
+    ours = (heads < group)[:, None] & (dims < dim)[None, :]
+    query = tl.load(query_at, mask=ours, other=0.0).to(TYPE)
+
+    best = tl.full([GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    found = tl.zeros([GROUP, DIM], tl.float32)
+    for first in range(start, end, BLOCK):
+        tokens = first + tl.arange(0, BLOCK)
+        seen = tokens < end
+        page = tl.load(table + row * table_row + tokens // size, mask=seen, other=0).to(tl.int64)
+        place = tokens % size
+        inside = seen[:, None] & (dims < dim)[None, :]
+        k_at = keys + page * k_page + place * k_place + head * k_head
+        k = tl.load(k_at[:, None] + dims[None, :], mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(k.to(TYPE)), input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))  # finite: the first token of a block is always seen
+        weights = tl.exp(scores - higher[:, None])
+        fade = tl.exp(best - higher)
+        v_at = values + page * v_page + place * v_place + head * v_head
+        v = tl.load(v_at[:, None] + dims[None, :], mask=inside, other=0.0)
+        total = total * fade + tl.sum(weights, 1)
+        found = found * fade[:, None] + tl.dot(weights.to(v.dtype).to(TYPE), v.to(TYPE), input_precision="ieee")
+        best = higher
+
+    at = (row * tl.num_programs(1) * group + head * group + heads) * tl.num_programs(2) + part
+    tl.store(parts + at[:, None] * dim + dims[None, :], found, mask=ours)
+    tl.store(sums + at * 2, best, mask=heads < group)
+    tl.store(sums + at * 2 + 1, total, mask=heads < group)
+
+
+@triton.jit
+def _join(parts, sums, lengths, out, lengths_row, most, dim, SPLIT: tl.constexpr, DIM: tl.constexpr):
+    """Parts of one row and query head → out [rows, heads, dim]. most: parts that there is room for."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    dims = tl.arange(0, DIM)
+    length = tl.load(lengths + row * lengths_row).to(tl.int32)
+    at = row * tl.num_programs(1) + head
+    best = tl.load(sums + at * most * 2)
+    total = tl.load(sums + at * most * 2 + 1)
+    found = tl.load(parts + at * most * dim + dims, mask=dims < dim, other=0.0)
+    for part in range(1, tl.cdiv(length, SPLIT)):
+        theirs = tl.load(sums + (at * most + part) * 2)
+        higher = tl.maximum(best, theirs)
+        fade, share = tl.exp(best - higher), tl.exp(theirs - higher)
+        more = tl.load(parts + (at * most + part) * dim + dims, mask=dims < dim, other=0.0)
+        total = total * fade + tl.load(sums + (at * most + part) * 2 + 1) * share
+        found = found * fade + more * share
+        best = higher
+    tl.store(out + at * dim + dims, (found / total).to(out.dtype.element_ty), mask=dims < dim)
+
+
+def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: DecodeRows) -> torch.Tensor:
+    """As reference.attend. q, keys and values may have any strides but along `dim`, where they are contiguous."""
+    assert q.stride(-1) == keys.stride(-1) == values.stride(-1) == rows.pages.stride(-1) == 1
+    (count, heads, dim), (_, size, kv_heads, _) = q.shape, keys.shape
+    most, group = triton.cdiv(rows.pages.shape[1] * size, SPLIT), heads // kv_heads
+    parts = q.new_empty(count, heads, most, dim, dtype=torch.float32)
+    sums = q.new_empty(count, heads, most, 2, dtype=torch.float32)
+    out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
+    lanes = triton.next_power_of_2(dim)
+    _part[count, kv_heads, most](
+        q, keys, values, rows.pages, rows.lengths, parts, sums,
+        q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3],
+        rows.pages.stride(0), rows.lengths.stride(0), dim**-0.5, size, dim, group,
+        SPLIT=SPLIT, BLOCK=BLOCK, GROUP=max(LEAST, triton.next_power_of_2(group)), DIM=lanes,
+        TYPE=operand(q.dtype),
+    )  # fmt: skip
+    _join[count, heads](parts, sums, rows.lengths, out, rows.lengths.stride(0), most, dim, SPLIT=SPLIT, DIM=lanes)
+    return out.view(count, -1)

@@ -1,0 +1,53 @@
+"""Compiles every kernel for GPUs that need not be there: `python compile_all.py bf16 80 90` (compute capabilities).
+
+One line a kernel: capability, name, bytes of machine code, bytes of shared memory.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from persona.engine.kernels import triton_attention as attention
+from persona.engine.kernels import triton_fourbit as fourbit
+from persona.engine.kernels import triton_lora as lora
+from persona.engine.kernels.triton_product import operand
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def kernels(kind: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Each kernel with the types of its pointers and its constants, as the wrappers launch it for an 8B model."""
+    x, fp32, int64, uint8 = f"*{kind}", "*fp32", "*i64", "*u8"
+    part = {"SPLIT": attention.SPLIT, "BLOCK": attention.BLOCK, "GROUP": 16, "DIM": 128, "TYPE": operand(TYPES[kind])}
+    pointers = {"table": int64, "lengths": int64, "parts": fp32, "sums": fp32}
+    yield attention._part, {"q": x, "keys": x, "values": x, **pointers}, part
+    yield attention._join, {"out": x, **pointers}, {"SPLIT": attention.SPLIT, "DIM": 128}
+    ranks = {"RANKS": lora.RANKS, "LANES": lora.LANES}
+    pointers = {"table": int64, "narrow": fp32}
+    yield lora._shrink, {"x": x, **pointers}, {**ranks, "CHUNK": lora.CHUNK, "INPUTS": lora.INPUTS}
+    yield lora._expand, {"y": x, **pointers}, {**ranks, "OUTPUTS": lora.OUTPUTS}
+    for rows in (16, 32):
+        tile = {"ROWS": rows, "OUTPUTS": fourbit.OUTPUTS, "INPUTS": fourbit.INPUTS, "TYPE": operand(TYPES[kind])}
+        yield fourbit._int4, {"x": x, "codes": uint8, "scales": "*bf16", "parts": fp32}, {"GROUP": 32, **tile}
+        yield fourbit._nf4, {"x": x, "data": uint8, "absmax": fp32, "table": fp32, "parts": fp32}, {"GROUP": 64, **tile}
+
+
+def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
+    """What is neither pointer nor constant is an int; `scale` is a float."""
+    scalars = {name: "fp32" if name == "scale" else "i32" for name in kernel.arg_names}
+    types = {name: pointers.get(name, kind) for name, kind in scalars.items()} | dict.fromkeys(constants, "constexpr")
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(kernel, types, values)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+if __name__ == "__main__":
+    for wanted in map(int, sys.argv[2:]):
+        for function, pointers, constants in kernels(sys.argv[1]):
+            made = compiled(function, pointers, constants, wanted)
+            size, name = len(made.asm["cubin"]), function.fn.__name__
+            sys.stdout.write(f"{wanted} {name} {size} {made.metadata.shared}\n")
