@@ -1,4 +1,4 @@
-"""The key-value cache in pages, and attention over it in plain torch: the definition of correct, and the CPU path.
+"""The key-value cache in pages, and attention over it: of decode rows by the device's own path, of prompts in torch.
 
     one page: [layers, 2, size, kv_heads, head_dim]      keys (0) and values (1) of `size` tokens in every layer
     token t of a sequence lives in page `pages[t // size]`, place `t % size`
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from persona.engine.kernels import reference
+from persona.engine.kernels.choice import kernels
+from persona.engine.kernels.reference import DecodeRows
 from persona.engine.memory import Memory
 from persona.engine.shape import Shape
 
@@ -23,7 +26,7 @@ class KvCache:
     def __init__(self, memory: Memory, shape: Shape, size: int, dtype: torch.dtype) -> None:
         assert memory.page_bytes == self.page_bytes(shape, size, dtype)
         cells, layers = memory.bytes.view(dtype), range(shape.layers)
-        self.size, self._stride = size, shape.layers * 2 * size
+        self.size, self.stride = size, shape.layers * 2 * size  # stride: rows of one token from page to page
         self._pages = cells.view(-1, shape.layers, 2, size, shape.kv_heads, shape.head_dim)
         self._read = [(self._pages[:, layer, 0], self._pages[:, layer, 1]) for layer in layers]
         # For writing: rows of one token, from where the layer's keys or values of page 0 begin.
@@ -40,7 +43,7 @@ class KvCache:
 
     def slot(self, page: int, place: int) -> int:
         """Where `write` puts the token at that place."""
-        return page * self._stride + place
+        return page * self.stride + place
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v: [tokens, kv_heads, dim] into `slots` [tokens]."""
@@ -50,24 +53,12 @@ class KvCache:
 
     def read(self, layer: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """pages: [rows, n] → k, v: [rows, kv_heads, n · size, dim]."""
-        keys, values = self._read[layer]
-        return self._gathered(keys, pages), self._gathered(values, pages)
+        keys, values = self.layer(layer)
+        return reference.gathered(keys, pages), reference.gathered(values, pages)
 
-    @staticmethod
-    def _gathered(pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        found = pool.index_select(0, pages.flatten())  # [rows · n, size, kv_heads, dim]
-        return found.view(pages.shape[0], -1, *found.shape[2:]).transpose(1, 2)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """Rows of one token each.
-
-    pages: [rows, n], short rows padded with their own first page · mask: [rows, 1, 1, n · size], True where seen.
-    """
-
-    pages: torch.Tensor
-    mask: torch.Tensor
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer: views [pages, size, kv_heads, dim]."""
+        return self._read[layer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +72,10 @@ class PromptRows:
 
 
 def decode(q: torch.Tensor, cache: KvCache, layer: int, rows: DecodeRows) -> torch.Tensor:
-    """q: [rows, heads, dim] → [rows, heads · dim]. Query heads of one key head act as that head's query positions."""
-    k, v = cache.read(layer, rows.pages)
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=rows.mask).reshape(q.shape[0], -1)
+    """q: [rows, heads, dim] → [rows, heads · dim]."""
+    quick = kernels(q.device.type)
+    attend = reference.attend if quick is None else quick.attend
+    return attend(q, *cache.layer(layer), rows)
 
 
 def prompt(q: torch.Tensor, cache: KvCache, layer: int, rows: PromptRows) -> torch.Tensor:

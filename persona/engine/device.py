@@ -25,8 +25,6 @@ def choose(model: Model) -> Choice:
     if device == "cuda" and not cuda:
         raise ModelError("model.device is cuda, but there is no NVIDIA device or torch is a CPU build; set it to auto.")
     weights = ("nf4" if device == "cuda" else "int4") if model.weights == "auto" else model.weights
-    if weights == "int4" and device == "cuda":
-        raise ModelError("The int4 form is for the CPU; on CUDA set model.weights to nf4 or auto.")
     return Choice(weights, device)
 
 

@@ -1,10 +1,12 @@
 """Adapters on the device, and their batched products: rows of one step may each carry another adapter, or none.
 
-Decode rows of equal shape go through one batched product, so ranks are never padded to a neighbour's; each prompt
-segment has a plain product of its own. The base's product is untouched: y = base(x) + B(A x).
+Decode rows of equal shape go through one batched product, so ranks are never padded to a neighbour's; where there is a
+kernel, all rows go through one launch, which follows addresses. Each prompt segment has a plain product of its own. The
+base's product is untouched: y = base(x) + B(A x).
 
     A of one layer and target: [in, rank]
     B of one layer and target: [rank, out]
+    table of an adapter        int64 [layers · targets, 3]: address of A, address of B, rank; zeros where it has neither
 """
 
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from itertools import groupby
 import torch
 
 from persona.engine.adapter_file import Adapter, Array
+from persona.engine.kernels.choice import Kernels
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import product
 
@@ -27,6 +30,7 @@ class Resident:
 
     factors: Factors
     kind: tuple[object, ...]  # adapters of one kind fit into one batched product
+    table: torch.Tensor | None = None  # on the CPU
 
     def nbytes(self) -> int:
         return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
@@ -63,7 +67,18 @@ def expand(adapter: Adapter, shape: Shape, dtype: torch.dtype, memory: torch.Ten
             if (pair := adapter.factors(layer, target, shape)) is not None:
                 factors[layer, target] = placed(pair[0]), placed(pair[1])
     kind = tuple((key, a.shape[1]) for key, (a, _) in factors.items())
-    return Resident(factors, kind)
+    return Resident(factors, kind, _table(factors, shape.layers))
+
+
+def _table(factors: Factors, layers: int) -> torch.Tensor:
+    table = torch.zeros(layers * len(TARGETS), 3, dtype=torch.int64)
+    for key, (a, b) in factors.items():
+        table[_line(*key)] = torch.tensor([a.data_ptr(), b.data_ptr(), a.shape[1]])
+    return table
+
+
+def _line(layer: int, target: str) -> int:
+    return layer * len(TARGETS) + TARGETS.index(target)
 
 
 def _aligned(size: int) -> int:
@@ -90,19 +105,48 @@ class _Group:
             out += torch.bmm(torch.bmm(part.to(b.dtype), a), b)
 
 
-class StepAdapters:
-    """The adapters of one step's rows. Decode stacks are kept from step to step while the rows stay the same."""
+class Gathered:
+    """The adapters of decode rows as the kernel wants them. table: [layers · targets, rows, 3] on the device.
 
-    def __init__(self) -> None:
+    Who puts rows in keeps the adapters alive as long as the table is used.
+    """
+
+    def __init__(self, kernels: Kernels, layers: int, rows: int, device: torch.device) -> None:
+        self._adapt = kernels.adapt
+        self._table = torch.zeros(layers * len(TARGETS), rows, 3, dtype=torch.int64, device=device)
+
+    def put(self, rows: Sequence[Resident | None]) -> None:
+        """In place: a recorded step reads the same memory. Lines beyond `rows` become rows without an adapter."""
+        lines, places, _ = self._table.shape
+        bare = torch.zeros(lines, 3, dtype=torch.int64)
+        found = [bare if row is None or row.table is None else row.table for row in rows]
+        self._table.copy_(torch.stack(found + [bare] * (places - len(rows)), 1))
+
+    def add(self, layer: int, target: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x: [rows, in] · y: [rows, out], changed in place."""
+        self._adapt(x, y, self._table[_line(layer, target)])
+
+
+class StepAdapters:
+    """The adapters of one step's rows. What decode rows need is kept from step to step while the rows stay the same."""
+
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        """kernels: of the device; without them rows are stacked by kind."""
+        self._kernels = kernels
         self._rows: tuple[Resident | None, ...] = ()
         self._groups: list[_Group] = []
+        self._gathered: Gathered | None = None
         self._segments: list[tuple[int, int, Resident]] = []
 
     def arrange(self, decode: Sequence[Resident | None], segments: list[tuple[int, int, Resident]]) -> None:
         """`decode`: one per row, sorted so that equal kinds are neighbours. `segments`: (start, end, adapter)."""
         rows = tuple(decode)
         if len(rows) != len(self._rows) or any(a is not b for a, b in zip(rows, self._rows, strict=True)):
-            self._rows, self._groups = rows, _grouped(rows)
+            self._rows = rows
+            if self._kernels is None:
+                self._groups = _grouped(rows)
+            else:
+                self._gathered = _gather(self._kernels, rows)
         self._segments = segments
 
     def add(self, layer: int, target: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -110,11 +154,24 @@ class StepAdapters:
         key = layer, target
         for group in self._groups:
             group.add(key, x, y)
+        if self._gathered is not None:
+            self._gathered.add(layer, target, x[: len(self._rows)], y[: len(self._rows)])
         for start, end, adapter in self._segments:
             if key in adapter.factors:
                 a, b = adapter.factors[key]
                 y[start:end] += product(product(x[start:end], a), b)
         return y
+
+
+def _gather(kernels: Kernels, rows: Sequence[Resident | None]) -> Gathered | None:
+    adapters = [row for row in rows if row is not None]
+    if not adapters:
+        return None
+    (factor, _), table = next(iter(adapters[0].factors.values())), adapters[0].table
+    assert table is not None, "an adapter that was not promoted"
+    gathered = Gathered(kernels, len(table) // len(TARGETS), len(rows), factor.device)
+    gathered.put(rows)
+    return gathered
 
 
 def _grouped(rows: Sequence[Resident | None]) -> list[_Group]:

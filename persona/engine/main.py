@@ -21,8 +21,12 @@ from jobs.trainer import Trainer
 from persona.engine import adapter_file, branches, decoder, lora, protocol, weights
 from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
+from persona.engine.buckets import Layout
+from persona.engine.decoder import Decoder
 from persona.engine.device import Form
 from persona.engine.grammar import Grammars
+from persona.engine.graphs import DecodeGraphs
+from persona.engine.kernels.choice import kernels
 from persona.engine.loop import EngineLoop
 from persona.engine.memory import Memory
 from persona.engine.pages import PagePool
@@ -57,10 +61,8 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
     torch.set_num_threads(weights.threads(options.threads))
     folder = Path(options.folder)
     base = decoder.load(folder, options.weights, options.device)
-    page_bytes = KvCache.page_bytes(base.shape, options.page_tokens, base.dtype)
-    memory = Memory((options.memory_mb << 20) // page_bytes, page_bytes, base.device)
-    pool = PagePool(memory.pages, options.page_tokens)
-    cache = KvCache(memory, base.shape, options.page_tokens, base.dtype)
+    memory, cache, graphs = _storage(options, base)
+    pool = PagePool(memory.pages - (graphs is not None), options.page_tokens)
     health = Health(
         base=options.base,
         model=options.name,
@@ -94,7 +96,7 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
             max_waiting=options.max_waiting,
             prefill_tokens=options.prefill_tokens,
         ),
-        runner=Runner(base, cache),
+        runner=Runner(base, cache, graphs),
         tiers=tiers,
         text=Text.load(folder),
         train=train,
@@ -107,6 +109,19 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
         send=send,
         patience=options.patience_seconds,
     )
+
+
+def _storage(options: Options, base: Decoder) -> tuple[Memory, KvCache, DecodeGraphs | None]:
+    """The device memory, its view as cache, and where the device has kernels recordings of decode steps: these have the
+    last page as their scratch page."""
+    page_bytes = KvCache.page_bytes(base.shape, options.page_tokens, base.dtype)
+    memory = Memory((options.memory_mb << 20) // page_bytes, page_bytes, base.device)
+    cache = KvCache(memory, base.shape, options.page_tokens, base.dtype)
+    quick, context = kernels(base.device.type), min(options.context, base.shape.context)
+    if quick is None:
+        return memory, cache, None
+    layout = Layout(options.page_tokens, cache.stride, -(-context // options.page_tokens), scratch=memory.pages - 1)
+    return memory, cache, DecodeGraphs(base, cache, layout, quick)
 
 
 def _memory_used(device: torch.device) -> int:

@@ -4,8 +4,8 @@ The rows of a step stand in one list of tokens, so that every base product is sh
 
     | decode rows, sorted by adapter kind | segment of prompt 1 | segment of prompt 2 | …
 
-A step is built, run and thrown away; nothing but the cache pages survives it. Runs under no_grad, never
-inference_mode (its tensors could not be shared with training).
+A step is built, run and thrown away; nothing but the cache pages survives it. On a GPU a step of decode rows alone may
+be a replay (graphs.py). Runs under no_grad, never inference_mode (its tensors could not be shared with training).
 """
 
 from collections.abc import Sequence as Rows
@@ -14,8 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from persona.engine import attention, logprobs
-from persona.engine.attention import DecodeRows, KvCache, PromptRows
+from persona.engine.attention import KvCache, PromptRows
+from persona.engine.buckets import Row
 from persona.engine.decoder import Decoder
+from persona.engine.graphs import DecodeGraphs
+from persona.engine.kernels.choice import kernels
+from persona.engine.kernels.reference import DecodeRows
 from persona.engine.lora import Resident, StepAdapters
 from persona.engine.protocol import TokenLogprob
 from persona.engine.scheduler import Plan, Segment, Sequence
@@ -32,16 +36,20 @@ class Result:
 
 
 class Runner:
-    """Runs plans on one decoder and one cache."""
+    """Runs plans on one decoder and one cache, with recordings of both if there are any."""
 
-    def __init__(self, decoder: Decoder, cache: KvCache) -> None:
-        self._decoder, self._cache = decoder, cache
-        self._adapters = StepAdapters()
+    def __init__(self, decoder: Decoder, cache: KvCache, graphs: DecodeGraphs | None = None) -> None:
+        self._decoder, self._cache, self._graphs = decoder, cache, graphs
+        self._adapters = self._no_adapters()
 
     @torch.no_grad()
     def run(self, plan: Plan, adapters: dict[int, Resident | None]) -> Result:
         """`adapters`: by sequence id. Afterwards each sequence's `computed` has moved on."""
         decode = sorted(plan.decode, key=lambda s: _order(adapters[s.id]))
+        if not plan.prefill and (logits := self._replayed(decode, adapters)) is not None:
+            for sequence in decode:
+                sequence.computed += 1
+            return Result(decode, logits, [])
         step = self._step(decode, plan.prefill, adapters)
         h = self._decoder.embedded(step.tokens)
         for layer in range(self._decoder.shape.layers):
@@ -54,7 +62,18 @@ class Runner:
 
     def forget(self) -> None:
         """Let go of the last step's adapters, which are kept for a next step with the same rows."""
-        self._adapters = StepAdapters()
+        self._adapters = self._no_adapters()
+        if self._graphs is not None:
+            self._graphs.forget()
+
+    def _no_adapters(self) -> StepAdapters:
+        return StepAdapters(kernels(self._decoder.device.type))
+
+    def _replayed(self, decode: list[Sequence], adapters: dict[int, Resident | None]) -> torch.Tensor | None:
+        if self._graphs is None:
+            return None
+        rows = [Row(s.tokens[s.computed], s.computed, s.pages) for s in decode]
+        return self._graphs.logits(rows, [adapters[s.id] for s in decode])
 
     def _step(self, decode: list[Sequence], prefill: list[Segment], adapters: dict[int, Resident | None]) -> "_Step":
         tokens = [s.tokens[s.computed] for s in decode]
@@ -88,9 +107,7 @@ class Runner:
         size = self._cache.size
         used = max(s.computed // size + 1 for s in decode)
         pages = self._tensor([(s.pages[:used] + s.pages[:1] * used)[:used] for s in decode])
-        lengths = self._tensor([s.computed + 1 for s in decode])
-        seen = torch.arange(used * size, device=lengths.device) < lengths[:, None]
-        return DecodeRows(pages, seen[:, None, None, :])
+        return DecodeRows.of(pages, self._tensor([s.computed + 1 for s in decode]), size)
 
     def _prompt_rows(self, segment: Segment, start: int) -> PromptRows:
         size = self._cache.size

@@ -3,7 +3,9 @@
 Nothing merges into a projection or changes it after loading. `p(x)` is the product for serving, without gradient;
 `p.dense()` is the same matrix written out, for wide batches and for training, and is thrown away after use.
 
-Int4 keeps only the layout of torch's CPU kernel. For many rows it unpacks that layout:
+On a GPU few rows go through the kernels of persona/engine/kernels, many through the matrix written out.
+
+On the CPU Int4 keeps only the layout of torch's kernel. For many rows it unpacks that layout:
 
     packed uint8 [out/B, in, B/2]   B = 64 (AVX-512) or 32 (AVX2) output rows a block
     byte j of (block, k)            low nibble: row j, high nibble: row j + B/2
@@ -19,6 +21,8 @@ import torch.nn.functional as F
 
 from persona.engine import quantize
 from persona.engine.device import Form
+from persona.engine.kernels.choice import kernels
+from persona.engine.kernels.reference import FEW
 from persona.errors import ModelError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -95,6 +99,26 @@ class Int4(Projection):
         return y[:, : self.rows].to(x.dtype)
 
 
+class StoredInt4(Projection):
+    """int4 as it is stored (quantize.py): on any device but the CPU."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.rows, self.columns, self.bias = codes.shape[0], codes.shape[1] * 2, bias
+        self._codes, self._scales = codes.contiguous(), scales.contiguous()
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return quantize.int4_dense(quantize.unpack_nibbles(self._codes), self._scales).to(dtype).t()
+
+    def nbytes(self) -> int:
+        return self._codes.nbytes + self._scales.nbytes
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        quick = kernels(x.device.type)
+        if quick is None or len(x) > FEW:
+            return super()._product(x)
+        return quick.int4(x, self._codes, self._scales)
+
+
 class Nf4(Projection):
     """bitsandbytes NF4 through its functions: bytes and a quantization state, no module of theirs."""
 
@@ -111,6 +135,12 @@ class Nf4(Projection):
 
     def nbytes(self) -> int:
         return self._data.nbytes + self._absmax.nbytes
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        quick = kernels(x.device.type)
+        if quick is None or len(x) > FEW or self.columns % quantize.NF4_BLOCK:
+            return super()._product(x)
+        return quick.nf4(x, self._data, self._absmax, self.rows)
 
     def _state(self, dtype: torch.dtype) -> Any:
         from bitsandbytes import functional
@@ -143,7 +173,7 @@ def load(parts: Tensors, prefix: str, shape: tuple[int, int], form: Form, device
     bias = parts.get(f"{prefix}.bias")
     bias = None if bias is None else bias.to(device)
     if form == "int4":
-        return Int4(part["codes"], part["scales"], bias)
+        return (Int4 if device == "cpu" else StoredInt4)(part["codes"], part["scales"], bias)
     if form == "nf4":
         return Nf4(part["bytes"], part["absmax"], shape, bias)
     return Dense(part["dense"].to(compute_dtype(device)), bias)

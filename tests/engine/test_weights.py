@@ -55,6 +55,16 @@ def test_int4_unpacks_the_kernels_layout_to_the_stored_codes(rows: int, columns:
     assert torch.equal(projection.dense(torch.float32).t(), quantize.int4_dense(codes, scales))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (192, 576)])
+def test_int4_off_the_cpu_is_the_same_matrix_as_on_it(rows: int, columns: int) -> None:
+    codes, scales = quantize.int4(random(rows, columns))
+    there, here = (form(quantize.pack_nibbles(codes), scales, None) for form in (weights.StoredInt4, weights.Int4))
+    assert torch.equal(there.dense(torch.float32), here.dense(torch.float32))
+    x = random(4, columns, 3)
+    close(there(x), x @ here.dense(torch.float32))
+    assert there.nbytes() <= here.nbytes()
+
+
 def test_int4_rows_are_bit_equal_whatever_stands_beside_them() -> None:
     projection = made("int4", 192, 576)
     x = random(32, 576, 4).bfloat16()

@@ -7,13 +7,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from models import Models
 
 from jobs.trainer import Trainer
 from persona.engine import adapter_file, branches, lora, protocol
 from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
+from persona.engine.buckets import Layout
 from persona.engine.grammar import Grammars
+from persona.engine.graphs import DecodeGraphs, Work
+from persona.engine.kernels.choice import Kernels
 from persona.engine.loop import EngineLoop
 from persona.engine.memory import Memory
 from persona.engine.pages import PagePool
@@ -59,14 +63,22 @@ class Bench:
         clock: Callable[[], float] = time.monotonic,
         page: int = PAGE,
         eos: frozenset[int] = frozenset(),
+        dtype: torch.dtype | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
+        """kernels: with recordings of decode steps, which are replayed by computing again."""
         self.prepared = models.prepared(kind, weights)
         self.decoder = models.decoder(kind, weights)
+        self.decoder.dtype = dtype or self.decoder.dtype
         self.shape = self.decoder.shape
         self.answers: dict[int, list[Reply]] = {}
+        scratch = 0 if kernels is None else 1
         page_bytes = KvCache.page_bytes(self.shape, page, self.decoder.dtype)
-        self.memory = Memory(pages, page_bytes, self.decoder.device)
+        self.memory = Memory(pages + scratch, page_bytes, self.decoder.device)
         dtype, pool = self.decoder.dtype, PagePool(pages, page)
+        self.cache = KvCache(self.memory, self.shape, page, dtype)
+        layout = Layout(page, self.cache.stride, -(-context // page), scratch=pages)
+        self.graphs = None if kernels is None else DecodeGraphs(self.decoder, self.cache, layout, kernels, again)
         self.tiers = Tiers(
             self._read,
             lambda found: self.memory.needed(lora.nbytes(found, self.shape, dtype)),
@@ -85,7 +97,7 @@ class Bench:
         health = Health(self.prepared.base, "tiny", "cpu", weights, context, self.shape.vocab)
         self.loop = EngineLoop(
             scheduler=self.scheduler,
-            runner=Runner(self.decoder, KvCache(self.memory, self.shape, page, self.decoder.dtype)),
+            runner=Runner(self.decoder, self.cache, self.graphs),
             tiers=self.tiers,
             text=Text.load(self.prepared.folder),
             train=self._train,
@@ -200,6 +212,16 @@ def plain_tiers(pool: PagePool) -> Tiers:
         host_budget=100,
         submit=lambda load: load(),
     )
+
+
+def again(work: Work) -> tuple[Callable[[], None], torch.Tensor]:
+    """A recording for the CPU: its replay computes the same work from the same memory."""
+    result = work()
+
+    def replay() -> None:
+        result.copy_(work())
+
+    return replay, result
 
 
 @lru_cache

@@ -1,0 +1,132 @@
+"""Decode steps recorded once and replayed: a step is hundreds of launches, which cost more than few rows compute.
+
+There is one recording for each size of persona/engine/buckets.py, with and without adapters, made when first needed. A
+recording reads one static table of integers and one of adapters' addresses, which are filled before each replay, and
+leaves its logits in one static tensor. It needs kernels that take everything from memory: without them there are no
+recordings. Steps with prompts are never replayed.
+
+Not run on CUDA yet: the tests replay by computing again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from persona.engine import attention, buckets
+from persona.engine.attention import KvCache
+from persona.engine.buckets import HEAD, Layout, Row
+from persona.engine.decoder import Decoder
+from persona.engine.kernels.choice import Kernels
+from persona.engine.kernels.reference import DecodeRows
+from persona.engine.lora import Gathered, Resident
+from persona.engine.weights import Projection
+
+Work = Callable[[], torch.Tensor]
+Record = Callable[[Work], tuple[Callable[[], None], torch.Tensor]]  # what to call for a replay, and where its result is
+
+
+def recorded(work: Work) -> tuple[Callable[[], None], torch.Tensor]:
+    """A CUDA graph of `work`. Other threads (the loader's) may go on using the device meanwhile."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()  # compiles kernels and fills their tables, which cannot be recorded
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = work()
+    return graph.replay, result
+
+
+class DecodeGraphs:
+    """The recordings of one decoder and one cache, whose last page is the scratch page."""
+
+    def __init__(
+        self, decoder: Decoder, cache: KvCache, layout: Layout, kernels: Kernels, record: Record = recorded
+    ) -> None:
+        self._decoder, self._cache, self._layout, self._kernels = decoder, cache, layout, kernels
+        self._record = record
+        cache.clear([layout.scratch])  # rows that are none read it, too
+        self._made: dict[tuple[int, bool], _Recording] = {}
+        self._last: _Recording | None = None
+
+    def logits(self, rows: Sequence[Row], adapters: Sequence[Resident | None]) -> torch.Tensor | None:
+        """The step of these rows: [rows, vocab] fp32, or None if there is no recording for so many or so long ones."""
+        size = buckets.bucket(len(rows))
+        if size is None or not self._layout.fits(rows):
+            return None
+        key = size, any(adapter is not None for adapter in adapters)
+        if key not in self._made:
+            self._made[key] = self._recording(*key)
+        if self._last is not self._made[key]:
+            self.forget()
+            self._last = self._made[key]
+        return self._last.run(self._layout.lines(rows, size), adapters)[: len(rows)].clone()
+
+    def forget(self) -> None:
+        """Let go of the last step's adapters."""
+        if self._last is not None:
+            self._last.adapters = ()
+
+    def _recording(self, size: int, adapted: bool) -> "_Recording":
+        decoder, layout = self._decoder, self._layout
+        inputs = torch.tensor(layout.lines([], size), device=decoder.device)
+        gathered = Gathered(self._kernels, decoder.shape.layers, size, decoder.device) if adapted else None
+
+        def step() -> torch.Tensor:
+            tokens, positions, slots, lengths = inputs[:, :HEAD].unbind(1)
+            rows = DecodeRows.of(inputs[:, HEAD:], lengths, layout.size)
+            run = _Step(decoder.rotary(positions), slots, rows, self._cache, gathered)
+            h = decoder.embedded(tokens)
+            for layer in range(decoder.shape.layers):
+                h = decoder.layer(layer, h, run)
+            return decoder.logits(h)
+
+        replay, result = self._record(step)
+        return _Recording(inputs, gathered, replay, result)
+
+
+@dataclass(slots=True)
+class _Recording:
+    """One step of one size. `adapters`: whose addresses stand in its table, kept alive as long as they do."""
+
+    inputs: torch.Tensor
+    gathered: Gathered | None
+    replay: Callable[[], None]
+    result: torch.Tensor
+    adapters: tuple[Resident | None, ...] = ()
+
+    def run(self, lines: list[list[int]], adapters: Sequence[Resident | None]) -> torch.Tensor:
+        self.inputs.copy_(torch.tensor(lines))
+        rows = tuple(adapters)
+        if self.gathered is not None and not _same(rows, self.adapters):
+            self.gathered.put(rows)
+            self.adapters = rows
+        self.replay()
+        return self.result
+
+
+def _same(rows: Sequence[Resident | None], others: Sequence[Resident | None]) -> bool:
+    return len(rows) == len(others) and all(a is b for a, b in zip(rows, others, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The state of a recorded forward: implements decoder.Pass."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    slots: torch.Tensor
+    rows: DecodeRows
+    cache: KvCache
+    gathered: Gathered | None
+
+    def project(self, layer: int, target: str, base: Projection, x: torch.Tensor) -> torch.Tensor:
+        y = base(x)
+        if self.gathered is not None:
+            self.gathered.add(layer, target, x, y)
+        return y
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.cache.write(layer, self.slots, k, v)
+        return attention.decode(q, self.cache, layer, self.rows)

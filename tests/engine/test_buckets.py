@@ -1,0 +1,51 @@
+"""Sizes of recorded steps and what fills them up, with plain integers."""
+
+import pytest
+
+from persona.engine.buckets import BUCKETS, HEAD, Layout, Row, bucket
+
+LAYOUT = Layout(size=16, stride=96, most=3, scratch=90)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"), [(0, None), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (9, 16), (17, 32), (32, 32), (33, None)]
+)
+def test_a_step_takes_the_smallest_size_that_holds_it(rows: int, size: int | None) -> None:
+    assert bucket(rows) == size
+
+
+@pytest.mark.parametrize(("position", "slot"), [(0, 7 * 16), (15, 7 * 16 + 15), (16, 3 * 16), (40, 5 * 16 + 8)])
+def test_a_line_says_where_the_token_goes_and_what_it_sees(position: int, slot: int) -> None:
+    (line,) = LAYOUT.lines([Row(11, position, [7, 3, 5])], 1)
+    assert line[:HEAD] == [11, position, slot, position + 1]
+    used = position // 16 + 1
+    assert line[HEAD:] == [7, 3, 5][:used] + [90] * (3 - used)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 5])
+def test_spare_rows_touch_the_scratch_page_only(rows: int) -> None:
+    size = bucket(rows) or 4
+    lines = LAYOUT.lines([Row(11, 20, [row, row + 30]) for row in range(rows)], size)
+    assert len(lines) == size
+    assert all(len(line) == LAYOUT.width for line in lines)
+    for token, position, slot, length, *pages in lines[rows:]:
+        assert (token, position, length) == (0, 0, 1)
+        assert slot // 16 == 90
+        assert set(pages) == {90}
+    for _, _, slot, length, *pages in lines[:rows]:
+        assert slot // 16 != 90
+        assert 90 not in pages[: -(-length // 16)]
+
+
+def test_pages_that_a_sequence_holds_for_later_are_not_read() -> None:
+    (line,) = LAYOUT.lines([Row(11, 15, [7, 3, 5])], 1)
+    assert line[HEAD:] == [7, 90, 90]
+
+
+def test_longer_sequences_than_a_recording_has_room_for_do_not_fit() -> None:
+    assert LAYOUT.fits([Row(1, 47, [1, 2, 3])])
+    assert not LAYOUT.fits([Row(1, 0, [1]), Row(1, 48, [1, 2, 3, 4])])
+
+
+def test_sizes_grow() -> None:
+    assert sorted(set(BUCKETS)) == list(BUCKETS)

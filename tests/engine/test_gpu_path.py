@@ -1,0 +1,100 @@
+"""The path of a GPU through the whole engine, on a tiny model: kernels in the interpreter, recordings of decode steps.
+
+A replay computes again from the recording's own memory, so everything is tested but CUDA itself. Compared in fp32, with
+the path of the CPU: log-probabilities within 1e-3, and the same words.
+"""
+
+from pathlib import Path
+
+import adapters
+import pytest
+import torch
+from models import Models
+from plain import some_tokens
+from workbench import PAGE, Bench
+
+from persona.engine.kernels import choice
+from persona.engine.kernels.choice import Kernels
+from persona.engine.protocol import AdapterRef, Piece
+
+CLOSE = 1e-3
+
+
+def bench(models: Models, kernels: Kernels | None = None, **options: int) -> Bench:
+    return Bench(models, weights="nf4", pages=40, context=64, dtype=torch.float32, kernels=kernels, **options)
+
+
+def refs(one: Bench, folder: Path) -> list[AdapterRef | None]:
+    """Of ranks 8, 2 and 4 with 8, and no adapter."""
+    shape, base = one.shape, one.prepared.base
+    some = [adapters.sparse(folder / str(user), shape, base, user=user, rank=rank) for user, rank in ((1, 8), (2, 2))]
+    return [*some, adapters.lora(folder / "3", shape, base, user=3), None]
+
+
+def replies(one: Bench, who: list[AdapterRef | None], count: int = 3) -> list[list[tuple[int, float]]]:
+    """Token and log-probability of each reply's tokens; prompts end around the edges of pages."""
+    prompts = [some_tokens(PAGE - 2 + i, seed=i) for i in range(len(who))]
+    jobs = [one.generate(prompt, ref, count, logprobs=0) for prompt, ref in zip(prompts, who, strict=True)]
+    one.finish()
+    pieces = [[a.chunk for a in one.answers[job] if isinstance(a, Piece)] for job in jobs]
+    return [[(found.token, found.logprob) for piece in some for found in piece.logprobs] for some in pieces]
+
+
+def same(found: list[list[tuple[int, float]]], wanted: list[list[tuple[int, float]]]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert [token for token, _ in one] == [token for token, _ in other]
+        assert max(abs(a - b) for (_, a), (_, b) in zip(one, other, strict=True)) < CLOSE
+
+
+def test_the_path_of_a_gpu_says_what_the_cpus_says(
+    models: Models, tmp_path: Path, kernels: Kernels, request: pytest.FixtureRequest
+) -> None:
+    plain = bench(models)
+    who = refs(plain, tmp_path)
+    wanted = replies(plain, who)
+    quick = bench(models, request.getfixturevalue("gpu_path"))
+    same(replies(quick, who), wanted)
+    assert quick.graphs is not None
+    assert set(quick.graphs._made) == {(4, True)}
+    assert len({tuple(token for token, _ in one) for one in wanted}) == 4
+
+
+def test_rows_that_come_and_go_find_the_recording_of_their_number(
+    models: Models, tmp_path: Path, gpu_path: Kernels
+) -> None:
+    one = bench(models, gpu_path)
+    who = refs(one, tmp_path)
+    first, alone = replies(one, who[:1]), replies(one, [None])
+    same(replies(one, who)[:1], first)
+    same(replies(one, who[:1]), first)
+    same(replies(one, [None]), alone)
+    assert one.graphs is not None
+    assert set(one.graphs._made) == {(1, True), (1, False), (4, True)}
+    one.loop._runner.forget()
+    assert not any(recording.adapters for recording in one.graphs._made.values())
+
+
+def test_a_step_beyond_every_recording_is_computed(models: Models, gpu_path: Kernels) -> None:
+    """A sequence that is longer than the table of a recording is wide."""
+    one = bench(models, gpu_path)
+    assert one.graphs is not None
+    one.graphs._layout = one.graphs._layout._replace(most=1)
+    wanted = replies(bench(models), [None, None])
+    same(replies(one, [None, None]), wanted)
+
+
+def test_spare_rows_write_to_the_scratch_page_and_nobody_reads_it(models: Models, gpu_path: Kernels) -> None:
+    one, who = bench(models, gpu_path), [None, None, None]
+    one.cache.keys[:, -1] = one.cache.values[:, -1] = torch.nan
+    same(replies(one, who), replies(bench(models), who))
+    assert one.cache.keys[:, -1, 0].isfinite().all()
+    assert one.cache.keys[:, -1, 1:].isnan().all()
+    assert one.scheduler.pool.total == one.cache.keys.shape[1] - 1, "no sequence is ever given the scratch page"
+
+
+def test_the_cpu_takes_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choice.kernels("cpu") is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice.kernels.cache_clear()
+    assert choice.kernels("cuda") is None, "the interpreter serves nobody"
+    choice.kernels.cache_clear()
