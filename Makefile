@@ -30,10 +30,10 @@ else grep -v '^WARNING' $(VENV)/install.log; echo "The installation failed: see 
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check clean
+.PHONY: help run test lint check bench-gpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(STAMP)  ## start persona with CONFIG=configs/demo.toml; TORCH=cpu|cuda chooses the build of torch
 	@$(BIN)/persona serve --config $(CONFIG) --demo
@@ -46,6 +46,9 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/mypy
 
 check: lint test  ## what CI runs: lint and test
+
+bench-gpu: $(STAMP)  ## is the GPU path right, and how quick: appends to docs/BENCHMARKS.md; ARGS are passed on
+	@$(BIN)/python tests/bench/gpu.py $(ARGS)
 
 clean:  ## remove the virtual environment and every cache; the state folder of persona stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -28,7 +28,7 @@ def bucket(rows: int) -> int | None:
 
 
 class Layout(NamedTuple):
-    """size: tokens of a page · stride: slots from page to page (attention.KvCache) · most: pages of a sequence at most ·
+    """size: tokens of a page · stride: slots from page to page · most: pages of a sequence at most ·
     scratch: the number of the scratch page."""
 
     size: int

@@ -66,8 +66,12 @@ def expand(adapter: Adapter, shape: Shape, dtype: torch.dtype, memory: torch.Ten
         for target in TARGETS:
             if (pair := adapter.factors(layer, target, shape)) is not None:
                 factors[layer, target] = placed(pair[0]), placed(pair[1])
-    kind = tuple((key, a.shape[1]) for key, (a, _) in factors.items())
-    return Resident(factors, kind, _table(factors, shape.layers))
+    return resident(factors, shape.layers)
+
+
+def resident(factors: Factors, layers: int) -> Resident:
+    """From factors on the device, each contiguous."""
+    return Resident(factors, tuple((key, a.shape[1]) for key, (a, _) in factors.items()), _table(factors, layers))
 
 
 def _table(factors: Factors, layers: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ def test_a_step_takes_the_smallest_size_that_holds_it(rows: int, size: int | Non
     assert bucket(rows) == size
 
 
-@pytest.mark.parametrize(("position", "slot"), [(0, 7 * 16), (15, 7 * 16 + 15), (16, 3 * 16), (40, 5 * 16 + 8)])
+@pytest.mark.parametrize(("position", "slot"), [(0, 7 * 96), (15, 7 * 96 + 15), (16, 3 * 96), (40, 5 * 96 + 8)])
 def test_a_line_says_where_the_token_goes_and_what_it_sees(position: int, slot: int) -> None:
     (line,) = LAYOUT.lines([Row(11, position, [7, 3, 5])], 1)
     assert line[:HEAD] == [11, position, slot, position + 1]
@@ -30,10 +30,10 @@ def test_spare_rows_touch_the_scratch_page_only(rows: int) -> None:
     assert all(len(line) == LAYOUT.width for line in lines)
     for token, position, slot, length, *pages in lines[rows:]:
         assert (token, position, length) == (0, 0, 1)
-        assert slot // 16 == 90
+        assert slot // 96 == 90
         assert set(pages) == {90}
     for _, _, slot, length, *pages in lines[:rows]:
-        assert slot // 16 != 90
+        assert slot // 96 != 90
         assert 90 not in pages[: -(-length // 16)]
 
 

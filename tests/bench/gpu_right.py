@@ -1,0 +1,124 @@
+"""Whether the GPU path is right on the device: each kernel and whole steps against plain torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from gpu_bench import Bench, path
+from gpu_model import PAGE, adapters, cache, decoder, pages, sequences
+
+from persona.engine import quantize
+from persona.engine.buckets import Layout
+from persona.engine.graphs import DecodeGraphs
+from persona.engine.kernels import reference
+from persona.engine.kernels.choice import Kernels
+from persona.engine.kernels.reference import FEW, DecodeRows
+from persona.engine.runner import Runner
+from persona.engine.scheduler import Plan
+from persona.engine.shape import TARGETS
+
+ROUNDING = 2.0**-8  # of one bf16 value
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """The largest difference from plain torch, as a share of the row's largest value."""
+
+    what: str
+    found: float
+    limit: float
+
+    @property
+    def wrong(self) -> bool:
+        return not self.found <= self.limit  # NaN is wrong
+
+
+def errors(bench: Bench) -> Iterator[Error]:
+    """Of each kernel alone, against fp32; of steps of a model of two layers, against the same steps in plain torch."""
+    limit = 2 * ROUNDING if bench.dtype == torch.bfloat16 else 1e-4
+    yield Error("attention", attention_error(bench), limit)
+    yield Error("adapters", adapter_error(bench), limit)
+    for form in ("nf4", "int4"):
+        for target in TARGETS:
+            yield Error(f"{form} {target}", product_error(bench, form, target), limit)
+    for form in ("nf4", "int4"):
+        for way, found in zip(("launched", "replayed"), step_errors(bench, form), strict=True):
+            yield Error(f"{form} step {way}", found, 10 * limit)
+
+
+def share(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(((found.float() - wanted).abs() / wanted.abs().amax(-1, keepdim=True)).max())
+
+
+def attention_error(bench: Bench) -> float:
+    """Rows around page edges, and NaN behind every row's end."""
+    shape = bench.size.shape
+    lengths = [1, PAGE - 1, PAGE, PAGE + 1, *bench.size.lengths]
+    width = pages(max(lengths))
+    keys, values = (bench.random(len(lengths) * width, PAGE, shape.kv_heads, shape.head_dim) for _ in range(2))
+    table = torch.randperm(len(keys), device=bench.device).view(len(lengths), width)
+    for row, length in enumerate(lengths):
+        for place in range(length // PAGE, width):
+            at = table[row, place], slice(max(0, length - place * PAGE), None)
+            keys[at] = values[at] = torch.nan
+    rows = DecodeRows.of(table, torch.tensor(lengths, device=bench.device), PAGE)
+    q = bench.random(len(lengths), shape.heads, shape.head_dim)
+    wanted = reference.attend(q.float(), keys.float().nan_to_num(), values.float().nan_to_num(), rows)
+    return share(bench.kernels.attend(q, keys, values, rows), wanted)
+
+
+def adapter_error(bench: Bench) -> float:
+    outputs, inputs = bench.size.shape.projection("qkv")
+    pairs = [
+        (bench.random(inputs, rank) * inputs**-0.5, bench.random(rank, outputs) / 8) if rank else None
+        for rank in (64, 0, 1, 17, *bench.size.ranks, 0)
+    ]
+    lines = [
+        [0, 0, 0] if pair is None else [pair[0].data_ptr(), pair[1].data_ptr(), pair[0].shape[1]] for pair in pairs
+    ]
+    x, y = bench.random(len(pairs), inputs), bench.random(len(pairs), outputs)
+    wanted = y.float().clone()
+    reference.adapt(x.float(), wanted, [None if p is None else (p[0].float(), p[1].float()) for p in pairs])
+    bench.kernels.adapt(x, y, torch.tensor(lines, device=bench.device))
+    return share(y, wanted)
+
+
+def product_error(bench: Bench, form: str, target: str) -> float:
+    outputs, inputs = bench.size.shape.projection(target)
+    parts = {k: part.to(bench.device) for k, part in quantize.encode(torch.randn(outputs, inputs), form).items()}
+    x = bench.random(FEW // 2 + 1, inputs)
+    if form == "nf4":
+        dense = reference.nf4_dense(parts["bytes"], parts["absmax"], outputs)
+        found = bench.kernels.nf4(x, parts["bytes"], parts["absmax"], outputs)
+    else:
+        dense = quantize.int4_dense(quantize.unpack_nibbles(parts["codes"]), parts["scales"])
+        found = bench.kernels.int4(x, parts["codes"], parts["scales"])
+    return share(found, x.float() @ dense.to(x.dtype).float().t())
+
+
+def step_errors(bench: Bench, form: str) -> tuple[float, float]:
+    """Three rows (a replay fills up a fourth), one without an adapter, two steps."""
+    size = replace(bench.size, shape=replace(bench.size.shape, layers=min(2, bench.size.shape.layers)))
+    base = decoder(size, form, bench.device)
+    store, (one, other) = cache(size, base, 3, 2 * PAGE), adapters(size, base, 2)
+    keys, values = store.keys.clone(), store.values.clone()
+
+    def steps(kernels: Kernels | None, *, replayed: bool) -> torch.Tensor:
+        store.keys.copy_(keys)
+        store.values.copy_(values)
+        layout = Layout(PAGE, 2, scratch=3 * 2)
+        made = DecodeGraphs(base, store, layout, bench.kernels, bench.record) if replayed else None
+        some, found = sequences(3, PAGE - 1, 2 * PAGE), []
+        with path(kernels):
+            run = Runner(base, store, made)
+            for _ in range(2):
+                found.append(run.run(Plan(some, []), {0: one, 1: None, 2: other}))
+                for sequence in some:
+                    sequence.tokens.append(1)
+        return torch.cat(
+            [result.logits[[s.id for s in result.next].index(row)][None] for result in found for row in range(3)]
+        )
+
+    wanted = steps(None, replayed=False)
+    launched, replayed = (steps(bench.kernels, replayed=way) for way in (False, True))
+    return share(launched, wanted), share(replayed, wanted)
