@@ -8,10 +8,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from persona.cli_link import Link, NotRunning
@@ -89,7 +91,20 @@ def _device(settings: Settings) -> Iterator[Finding]:
         yield Finding("device", State.OK, f"CPU with {os.cpu_count()} cores")
     else:
         yield Finding("device", State.OK, _cards() or "CUDA")
+        yield _kernels()
     yield Finding("weights", State.OK, f"{choice.weights} on {choice.device}")
+
+
+def _kernels() -> Finding:
+    """Whether Triton has what it needs to compile our kernels; the engine does without them if not."""
+    if find_spec("triton") is None:
+        advice = "`make run TORCH=cuda` installs the build of torch that brings it."
+        return Finding("kernels", State.WARN, "none, and replies are slower: Triton is not installed", advice)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists() or not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
+        advice = "Debian: `apt-get install gcc python3-dev`."
+        return Finding("kernels", State.WARN, "none, and replies are slower: Triton has no C compiler", advice)
+    return Finding("kernels", State.OK, f"Triton {version('triton')}")
 
 
 def _cards() -> str:

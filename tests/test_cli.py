@@ -19,6 +19,7 @@ import pytest
 import structlog
 from typer.testing import CliRunner, Result
 
+from persona import doctor
 from persona.app import House, build, serve
 from persona.cli import app
 from persona.cli_screen import plain, sentence
@@ -163,6 +164,20 @@ def test_doctor_says_whether_there_is_a_broker(monkeypatch: pytest.MonkeyPatch) 
     assert "mqtt.port" in broker_finding()["advice"]
     monkeypatch.setenv("PERSONA_MQTT__EMBEDDED", "true")
     assert broker_finding()["state"] == "ok"
+
+
+def test_doctor_says_what_the_kernels_of_a_gpu_lack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert "not installed" in doctor._kernels().found
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name)
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "python3-dev" in doctor._kernels().advice
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "gcc" in doctor._kernels().advice
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    monkeypatch.setattr(doctor, "version", lambda name: "3.9.0")
+    assert doctor._kernels().state == "ok"
 
 
 def broker_finding() -> dict[str, str]:

@@ -33,7 +33,7 @@ def device_path() -> tuple[torch.device, Kernels]:
     if not torch.cuda.is_available():
         sys.exit("There is no CUDA GPU here, or torch is a build without CUDA: nothing was measured.")
     if (quick := choice.kernels("cuda")) is None:
-        sys.exit("Triton is not installed, so there are no kernels to measure: pip install -e '.[gpu]'.")
+        sys.exit("Triton is not installed or does not start (`persona doctor`): there are no kernels to measure.")
     return torch.device("cuda"), quick
 
 

@@ -10,6 +10,7 @@ import adapters
 import pytest
 import torch
 from models import Models
+from parts import library
 from plain import some_tokens
 from workbench import PAGE, Bench
 
@@ -92,9 +93,15 @@ def test_spare_rows_write_to_the_scratch_page_and_nobody_reads_it(models: Models
     assert one.scheduler.pool.total == one.cache.keys.shape[1] - 1, "no sequence is ever given the scratch page"
 
 
-def test_the_cpu_takes_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_takes_plain_torch_and_the_interpreter_serves_nobody() -> None:
     assert choice.kernels("cpu") is None
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choice.kernels("cuda") is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_triton_does_not_start_cuda_takes_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    library("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     choice.kernels.cache_clear()
-    assert choice.kernels("cuda") is None, "the interpreter serves nobody"
+    assert choice.kernels("cuda") is None
     choice.kernels.cache_clear()

@@ -1,7 +1,7 @@
 """Which path a device takes, chosen here and nowhere else.
 
-On CUDA the kernels of this package, if Triton is there (torch's CUDA build brings it) and compiles them; its
-interpreter is for tests. Everywhere else plain torch, and nothing imports Triton.
+On CUDA the kernels of this package, if Triton is there (torch's CUDA build brings it) and starts; its interpreter is
+for tests. Everywhere else plain torch, and nothing imports Triton.
 """
 
 import os
@@ -29,7 +29,18 @@ class Kernels:
 def kernels(device: str) -> Kernels | None:
     """For a type of device; None: plain torch."""
     there = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
-    return triton_kernels() if device == "cuda" and there else None
+    return triton_kernels() if device == "cuda" and there and _starts() else None
+
+
+def _starts() -> bool:
+    """Whether Triton reaches the GPU: it compiles its own part of that first, with the machine's C compiler."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception:  # whatever a compiler or a driver ends in: plain torch computes the same
+        return False
+    return True
 
 
 @cache
