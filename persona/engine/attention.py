@@ -25,6 +25,7 @@ class KvCache:
 
     def __init__(self, memory: Memory, shape: Shape, size: int, dtype: torch.dtype) -> None:
         assert memory.page_bytes == self.page_bytes(shape, size, dtype)
+        self.memory = memory
         cells, layers = memory.bytes.view(dtype), range(shape.layers)
         self.size, self.stride = size, shape.layers * 2 * size  # stride: rows of one token from page to page
         self._pages = cells.view(-1, shape.layers, 2, size, shape.kv_heads, shape.head_dim)

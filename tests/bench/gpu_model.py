@@ -8,6 +8,7 @@ from persona.engine import lora, quantize
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder, Layer
 from persona.engine.lora import Resident
+from persona.engine.memory import Memory
 from persona.engine.scheduler import Sequence
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import Nf4, Projection, StoredInt4, compute_dtype
@@ -87,7 +88,8 @@ def _adapter(shape: Shape, rank: int, base: Decoder) -> Resident:
 
 def cache(size: Size, base: Decoder, rows: int, length: int) -> KvCache:
     """Filled with random keys and values; the last page is for scratch."""
-    made = KvCache(size.shape, rows * pages(length) + 1, PAGE, base.dtype, base.device)
+    page_bytes = KvCache.page_bytes(size.shape, PAGE, base.dtype)
+    made = KvCache(Memory(rows * pages(length) + 1, page_bytes, base.device), size.shape, PAGE, base.dtype)
     for layer in range(size.shape.layers):
         for part in made.layer(layer):
             part.normal_()

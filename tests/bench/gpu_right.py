@@ -101,12 +101,11 @@ def step_errors(bench: Bench, form: str) -> tuple[float, float]:
     size = replace(bench.size, shape=replace(bench.size.shape, layers=min(2, bench.size.shape.layers)))
     base = decoder(size, form, bench.device)
     store, (one, other) = cache(size, base, 3, 2 * PAGE), adapters(size, base, 2)
-    keys, values = store.keys.clone(), store.values.clone()
+    filled = store.memory.bytes.clone()
 
     def steps(kernels: Kernels | None, *, replayed: bool) -> torch.Tensor:
-        store.keys.copy_(keys)
-        store.values.copy_(values)
-        layout = Layout(PAGE, 2, scratch=3 * 2)
+        store.memory.bytes.copy_(filled)
+        layout = Layout(PAGE, store.stride, 2, scratch=3 * 2)
         made = DecodeGraphs(base, store, layout, bench.kernels, bench.record) if replayed else None
         some, found = sequences(3, PAGE - 1, 2 * PAGE), []
         with path(kernels):

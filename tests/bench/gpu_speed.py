@@ -130,7 +130,7 @@ def decode(bench: Bench, base: Decoder, form: str) -> None:
     size = bench.size
     room, most = size.length + size.steps + 2, max(size.rows)
     store, everyone = cache(size, base, most, room), adapters(size, base, most)
-    layout = Layout(PAGE, pages(room), scratch=most * pages(room))
+    layout = Layout(PAGE, store.stride, pages(room), scratch=most * pages(room))
     recordings = DecodeGraphs(base, store, layout, bench.kernels, bench.record)
     for rows in size.rows:
         figures: Figures = {}

@@ -86,11 +86,12 @@ def test_a_step_beyond_every_recording_is_computed(models: Models, gpu_path: Ker
 
 def test_spare_rows_write_to_the_scratch_page_and_nobody_reads_it(models: Models, gpu_path: Kernels) -> None:
     one, who = bench(models, gpu_path), [None, None, None]
-    one.cache.keys[:, -1] = one.cache.values[:, -1] = torch.nan
+    parts = [part for layer in range(one.shape.layers) for part in one.cache.layer(layer)]
+    for part in parts:
+        part[-1] = torch.nan
     same(replies(one, who), replies(bench(models), who))
-    assert one.cache.keys[:, -1, 0].isfinite().all()
-    assert one.cache.keys[:, -1, 1:].isnan().all()
-    assert one.scheduler.pool.total == one.cache.keys.shape[1] - 1, "no sequence is ever given the scratch page"
+    assert all(part[-1, 0].isfinite().all() and part[-1, 1:].isnan().all() for part in parts)
+    assert one.scheduler.pool.total == one.memory.pages - 1, "no sequence is ever given the scratch page"
 
 
 def test_the_cpu_takes_plain_torch_and_the_interpreter_serves_nobody() -> None:
