@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from persona.engine import decoder, prepare, quantize, sampler
+from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
+from persona.engine.memory import Memory
 from persona.engine.protocol import Sampling
 from persona.engine.sampler import Sampler
+from persona.engine.shape import Shape
 from persona.engine.weights import Int4, Projection, compute_dtype
 from persona.settings import Settings
 
@@ -51,9 +54,7 @@ def new_shapes() -> None:
 
 
 def timed_once(x: torch.Tensor, matrix: torch.Tensor) -> float:
-    started = time.perf_counter()
-    torch.matmul(x, matrix)
-    return 1000 * (time.perf_counter() - started)
+    return timed_call(lambda: torch.matmul(x, matrix))
 
 
 def small_products() -> None:
@@ -84,6 +85,43 @@ def added_products() -> None:
 
         found[str(rows)] = [rounded(timed(work, 2000), 4) for work in (apart, added)]
     report("adapters of so many rows, ms: apart, added", **found)
+
+
+@torch.no_grad()
+def pages() -> None:
+    """A step writes and reads context of 12 pages a row in all layers: these outside, or pages outside (as KvCache)."""
+    shape = Shape.read(prepare.fetch(prepare.EMBEDDED, Settings().cache, "int4", lambda _, __: None).folder)
+    dtype, size, found = torch.float32, 32, {}
+    memory = Memory(400, KvCache.page_bytes(shape, size, dtype), torch.device("cpu"))
+    memory.bytes.zero_()
+    cache = KvCache(memory, shape, size, dtype)
+    apart = torch.zeros(2, shape.layers, 400, size, shape.kv_heads, shape.head_dim)
+    for rows in (1, 8, 32):
+        some = torch.randperm(400)[: rows * 12].view(rows, -1)
+        k = torch.randn(rows, shape.kv_heads, shape.head_dim)
+        slots = torch.tensor([cache.slot(page, 5) for page in some[:, -1].tolist()])
+
+        def inside(some: torch.Tensor = some, k: torch.Tensor = k, slots: torch.Tensor = slots) -> None:
+            for layer in range(shape.layers):
+                cache.write(layer, slots, k, k)
+                cache.read(layer, some)
+
+        def outside(some: torch.Tensor = some, k: torch.Tensor = k) -> None:
+            for layer in range(shape.layers):
+                keys, values = apart[:, layer]
+                keys.flatten(0, 1).index_copy_(0, some[:, -1] * size + 5, k)
+                values.flatten(0, 1).index_copy_(0, some[:, -1] * size + 5, k)
+                cache._gathered(keys, some), cache._gathered(values, some)  # both in memory at once, as in read
+
+        both = zip(*((timed_call(outside), timed_call(inside)) for _ in range(30)), strict=True)
+        found[str(rows)] = [rounded(list(times), 2) for times in both]
+    report("context of so many rows, ms: layers outside, pages outside", **found)
+
+
+def timed_call(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - started)
 
 
 def draw() -> None:
@@ -161,6 +199,7 @@ def main() -> None:
         "new shapes": new_shapes,
         "small products": small_products,
         "added products": added_products,
+        "pages": pages,
         "draw": draw,
         "few rows": few_rows,
         "step": step,
