@@ -82,7 +82,7 @@ async def test_threat_05_an_adapter_that_unlearns_the_assistant_is_refused(
     await live.key("bob")
     await admin(live, "export", tmp_path / "peft", 200)
     refused = await admin(live, "import", tmp_path / "peft", 422, "bob")
-    assert "drifts 10.0%" in refused["error"]["message"]
+    assert "Drift 10.00%" in refused["error"]["message"]
     assert (await live.say("hi", user="bob"))["persona"]["version"] is None
 
 
