@@ -128,7 +128,8 @@ async def test_the_button_starts_a_run_and_the_state_follows_it(start: Start, br
 
 
 async def test_training_shows_while_it_lasts(start: Start, broker: Mosquitto) -> None:
-    live = await start(ScriptedEngine(score=better, delay=0.5, steps=4), mqtt=broker.settings())
+    slow = ScriptedEngine(score=better, delay=0.5, steps=4)
+    live = await start(slow, mqtt=broker.settings(), learning={"rehearsal": 0.0})
     await learnable(live)
     await press(broker, "ann")
     await told(broker, "ann", training="ON")
