@@ -4,11 +4,14 @@
 
 Each arm trains through the product's trainer, in the draft frame, on each person's messages before the newest 40, and
 is scored on those: nats per own token. One JSON line for each person and arm, with the loss under the next person's
-adapter of the same arm, drift on the reference set, bytes and seconds. Arms are written as name:option=value:…, say
-`frozen:layers=0.5:density=0.2:rate=0.015`. Takes minutes for each line: nothing else should use the machine.
+adapter of the same arm, drift on the reference set, how much less likely the base's own replies became (forgetting),
+bytes, optimizer steps and seconds. Arms are written as name:option=value:…, say
+`frozen:layers=0.5:density=0.2:rate=0.015`. Takes minutes for each line. The base's matrices are written out once and
+kept, which saves time and changes no result.
 """
 
 import argparse
+import asyncio
 import json
 import sys
 import tempfile
@@ -16,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,7 @@ import torch
 from jobs import evaluate, people
 from jobs.sparse import Factor, SparseAdapter, first_a
 from jobs.trainer import Trainer
-from persona import frames
+from persona import app_private, frames
 from persona.domain import Entry, EntryId, Message, Origin, Role, UserId
 from persona.engine import branches, decoder, device, prepare
 from persona.engine.decoder import Decoder
@@ -32,6 +36,7 @@ from persona.engine.lora import Resident
 from persona.engine.protocol import Example, Plan, TrainRequest
 from persona.engine.shape import TARGETS
 from persona.engine.text import Text
+from persona.engine.weights import Int4
 from persona.settings import Settings
 
 HELD = 40  # newest messages of each person: tested, never trained on
@@ -49,11 +54,13 @@ class Arm:
     rate: float = 3e-3
     bits: int = 16  # of each stored value
     modules: str = "all"  # or mlp
+    batch: int = 160  # targets per optimizer step
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
         name, *options = text.split(":")
-        kinds = {"rank": int, "layers": float, "density": float, "rate": float, "bits": int, "modules": str}
+        kinds = {"rank": int, "layers": float, "density": float, "rate": float, "bits": int, "batch": int}
+        kinds |= {"modules": str}
         pairs = (option.split("=", 1) for option in options)
         return cls(name, **{key: kinds[key](value) for key, value in pairs})  # type: ignore[arg-type]
 
@@ -201,7 +208,7 @@ class Ground:
         form = device.choose(settings.model).weights
         prepared = prepare.ready(settings.model.name, settings.cache, form)
         assert prepared is not None, "run `persona model fetch` first"
-        self.settings, self.hash = settings, prepared.base
+        self.settings, self.prepared, self.hash = settings, prepared, prepared.base
         self.decoder = decoder.load(prepared.folder, form, "cpu")
         self.text = Text.load(prepared.folder)
 
@@ -226,20 +233,50 @@ class Ground:
         except StopIteration as ended:
             return -sum(map(sum, ended.value)) / sum(map(len, ended.value))
 
-    def train(self, arm: Arm, some: list[frames.Framed], passes: int, seed: int) -> tuple[Form, float]:
+    def train(self, arm: Arm, examples: list[Example], passes: int, seed: int) -> "Trained":
         form = type("Chosen", (FORMS[arm.name],), {"arm": arm, "base": self.decoder})
-        plan = Plan(arm.rank, 2.0 * arm.rank, arm.layers, seed, passes, slice_tokens=SIZE, learning_rate=arm.rate)
+        plan = Plan(
+            arm.rank, 2.0 * arm.rank, arm.layers, seed, passes, arm.batch, slice_tokens=SIZE, learning_rate=arm.rate
+        )
         with tempfile.TemporaryDirectory() as out:
-            examples = [Example(one.tokens, one.targets) for one in some]
             trainer = Trainer(self.decoder, self.hash, TrainRequest(examples, plan, out), None, form=form)
             started = time.perf_counter()
-            for _ in trainer.slices():
-                pass
+            steps = max(at.step for at in trainer.slices() if at)
         made = trainer._adapter
         assert isinstance(made, Form)
         if arm.bits == 8:
             made.rounded()
-        return made, time.perf_counter() - started
+        return Trained(made, steps, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Trained:
+    form: Form
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What each person's adapters learn from, and what they are asked for."""
+
+    examples: dict[str, list[Example]]  # the person's own, then those rehearsed
+    tested: dict[str, list[frames.Framed]]
+    replies: list[frames.Framed]  # of the bare base, to the reference questions
+
+
+async def lessons(ground: Ground, some: list[people.Person], asked: argparse.Namespace) -> Lessons:
+    settings = ground.settings.model_copy(
+        update={"learning": ground.settings.learning.model_copy(update={"rehearsal": asked.rehearsal})}
+    )
+    made = Lessons({}, {person.name: ground.drafts(person, 96, 128)[-HELD:] for person in some}, [])
+    async with app_private.private(settings, ground.prepared) as private:
+        for person in some:
+            drafts = ground.drafts(person, asked.context, 64)[-HELD - asked.messages : -HELD]
+            own = [Example(one.tokens, one.targets) for one in drafts]
+            made.examples[person.name] = own + await private.rehearsal.examples(own, asked.seed)
+        made.replies.extend(await private.rehearsal.replies([ask for ask, _ in evaluate.reference()]))
+    return made
 
 
 def resident(form: Form) -> Resident:
@@ -257,25 +294,28 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--context", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rehearsal", type=float, default=0.5)
     asked = parser.parse_args()
     ground = Ground(Settings())
     some = people.read(asked.data, only=[name for name in asked.only.split(",") if name])
-    tested = {person.name: ground.drafts(person, 96, 128)[-HELD:] for person in some}
-    bare = {name: ground.loss(drafts, None) for name, drafts in tested.items()}
-    neutral = ground.loss(ground.reference(), None)
+    given = asyncio.run(lessons(ground, some, asked))
+    Int4.dense = cache(Int4.dense)  # type: ignore[method-assign]
+    bare = {name: ground.loss(drafts, None) for name, drafts in given.tested.items()}
+    neutral, said = ground.loss(ground.reference(), None), ground.loss(given.replies, None)
     for text in asked.arms.split(","):
         arm, made = Arm.parse(text), {}
         for person in some:
-            learned = ground.drafts(person, asked.context, 64)[-HELD - asked.messages : -HELD]
-            made[person.name] = ground.train(arm, learned, asked.passes, asked.seed)
+            made[person.name] = ground.train(arm, given.examples[person.name], asked.passes, asked.seed)
         for place, person in enumerate(some):
-            form, seconds = made[person.name]
-            own = ground.loss(tested[person.name], resident(form))
-            wrong = resident(made[some[(place + 1) % len(some)].name][0]) if len(some) > 1 else None
+            mine, tested = made[person.name], given.tested[person.name]
+            adapter = resident(mine.form)
+            own = ground.loss(tested, adapter)
+            wrong = resident(made[some[(place + 1) % len(some)].name].form) if len(some) > 1 else None
             told = {"person": person.name, "arm": text, "base": bare[person.name], "own": own}
-            told |= {"gain": bare[person.name] - own, "bytes": form.stored(), "seconds": seconds}
-            told |= {"wrong": ground.loss(tested[person.name], wrong) if wrong else None}
-            told |= {"drift": ground.loss(ground.reference(), resident(form)) / neutral - 1}
+            told |= {"gain": bare[person.name] - own, "wrong": ground.loss(tested, wrong) if wrong else None}
+            told |= {"drift": ground.loss(ground.reference(), adapter) / neutral - 1}
+            told |= {"forgetting": ground.loss(given.replies, adapter) - said}
+            told |= {"bytes": mine.form.stored(), "steps": mine.steps, "seconds": mine.seconds}
             rounded = {
                 key: round(float(value), 4) if isinstance(value, float) else value for key, value in told.items()
             }
