@@ -89,10 +89,24 @@ def _device(settings: Settings) -> Iterator[Finding]:
     choice = device.choose(settings.model)
     if choice.device == "cpu":
         yield Finding("device", State.OK, f"CPU with {os.cpu_count()} cores")
+        if choice.weights == "int4":
+            yield _compiled(settings)
     else:
         yield Finding("device", State.OK, _cards() or "CUDA")
         yield _kernels()
     yield Finding("weights", State.OK, f"{choice.weights} on {choice.device}")
+
+
+def _compiled(settings: Settings) -> Finding:
+    """Whether the engine can compile its decode step for this CPU; it does without if not."""
+    slower = "plain torch, and replies take about twice as long"
+    if not settings.engine.native:
+        return Finding("kernels", State.OK, f"{slower}: engine.native is off")
+    if (command := device.c_compiler()) is None:
+        return Finding(
+            "decode step", State.WARN, f"{slower}: there is no C compiler", "Debian: `apt-get install gcc libc6-dev`."
+        )
+    return Finding("kernels", State.OK, f"compiled for this CPU with {command[0]}")
 
 
 def _kernels() -> Finding:

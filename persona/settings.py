@@ -56,6 +56,9 @@ class Engine(Section):
         60.0, gt=0, description="time within which a request must get its turn; one that would not is answered 503"
     )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores")
+    native: bool = Field(
+        True, description="on the CPU, compile the decode step for this machine if there is a C compiler: much faster"
+    )
     hang_seconds: float = Field(10.0, gt=0, description="silence after which the engine is restarted")
     start_seconds: float = Field(300.0, gt=0, description="longest time loading the model may take")
 

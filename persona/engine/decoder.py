@@ -65,10 +65,13 @@ class Decoder:
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions: [tokens] → cos and sin [tokens, 1, head_dim]."""
-        angles = positions.float()[:, None] * self._inv_freq
-        angles = torch.cat([angles, angles], -1).unsqueeze(1)
-        scale = self.shape.rope_scale
-        return (angles.cos() * scale).to(self.dtype), (angles.sin() * scale).to(self.dtype)
+        cos, sin = (torch.cat([part, part], -1).unsqueeze(1) for part in self.turns(positions))
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+    def turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions: [tokens] → cos and sin [tokens, head_dim / 2], fp32: one half, as both are alike."""
+        angles, scale = positions.float()[:, None] * self._inv_freq, self.shape.rope_scale
+        return angles.cos() * scale, angles.sin() * scale
 
     def layer(self, index: int, h: torch.Tensor, run: Pass) -> torch.Tensor:
         """One layer: h [tokens, hidden] fp32 → the same."""
@@ -97,12 +100,18 @@ class Decoder:
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """h: [rows, hidden] → [rows, vocab], fp32."""
-        normed = F.rms_norm(h, self.norm.shape, self.norm, self.shape.eps).to(self.head.dtype)
-        if self.head.dtype == torch.float32:
-            return F.linear(normed, self.head)
+        normed = F.rms_norm(h, self.norm.shape, self.norm, self.shape.eps)
+        if self.device.type == "cpu":  # whose products of bf16 have a bf16 result
+            return F.linear(normed, self.head.float())
         if torch.is_grad_enabled():  # the product with an fp32 result has no derivative
-            return F.linear(normed, self.head).float()
-        return torch.mm(normed, self.head.t(), out_dtype=torch.float32)
+            return F.linear(normed.to(self.head.dtype), self.head).float()
+        return torch.mm(normed.to(self.head.dtype), self.head.t(), out_dtype=torch.float32)
+
+    def narrow(self) -> None:
+        """Hold embedding and head as they are stored, in bf16: for code that multiplies them so."""
+        tied = self.head is self.embed
+        self.embed = self.embed.bfloat16()
+        self.head = self.embed if tied else self.head.bfloat16()
 
     def nbytes(self) -> int:
         """Bytes of the base's weights in memory."""

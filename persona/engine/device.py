@@ -1,7 +1,10 @@
 """Where the base runs and in which form, decided without importing torch: the service asks before the engine starts."""
 
 import importlib.util
+import os
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,3 +39,11 @@ def cuda_version() -> str | None:
     about = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
     found = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", about, re.MULTILINE)
     return found[1] if found else None
+
+
+def c_compiler() -> list[str] | None:
+    """The command of the machine's C compiler: $CC, cc, gcc or clang."""
+    wanted = shlex.split(os.environ.get("CC", ""))
+    if wanted and shutil.which(wanted[0]):
+        return wanted
+    return next(([path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)

@@ -26,7 +26,9 @@ from persona.engine.decoder import Decoder
 from persona.engine.device import Form
 from persona.engine.grammar import Grammars
 from persona.engine.graphs import DecodeGraphs
+from persona.engine.kernels import native
 from persona.engine.kernels.choice import kernels
+from persona.engine.kernels.native import NativeSteps
 from persona.engine.loop import EngineLoop
 from persona.engine.memory import Memory
 from persona.engine.pages import PagePool
@@ -54,6 +56,8 @@ class Options(msgspec.Struct, frozen=True):
     prefill_tokens: int
     patience_seconds: float
     threads: int
+    native: bool
+    kernels: str
 
 
 def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
@@ -61,8 +65,9 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
     torch.set_num_threads(weights.threads(options.threads))
     folder = Path(options.folder)
     base = decoder.load(folder, options.weights, options.device)
-    memory, cache, graphs = _storage(options, base)
-    pool = PagePool(memory.pages - (graphs is not None), options.page_tokens)
+    memory, cache = _storage(options, base)
+    whole = _whole(options, base, cache)
+    pool = PagePool(memory.pages - isinstance(whole, DecodeGraphs), options.page_tokens)
     health = Health(
         base=options.base,
         model=options.name,
@@ -96,7 +101,7 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
             max_waiting=options.max_waiting,
             prefill_tokens=options.prefill_tokens,
         ),
-        runner=Runner(base, cache, graphs),
+        runner=Runner(base, cache, whole),
         tiers=tiers,
         text=Text.load(folder),
         train=train,
@@ -111,17 +116,22 @@ def build(options: Options, send: "Outbox", loader: Submit) -> EngineLoop:
     )
 
 
-def _storage(options: Options, base: Decoder) -> tuple[Memory, KvCache, DecodeGraphs | None]:
-    """The device memory, its view as cache, and where the device has kernels recordings of decode steps: these have the
-    last page as their scratch page."""
+def _storage(options: Options, base: Decoder) -> tuple[Memory, KvCache]:
+    """The device memory and its view as cache."""
     page_bytes = KvCache.page_bytes(base.shape, options.page_tokens, base.dtype)
     memory = Memory((options.memory_mb << 20) // page_bytes, page_bytes, base.device)
-    cache = KvCache(memory, base.shape, options.page_tokens, base.dtype)
+    return memory, KvCache(memory, base.shape, options.page_tokens, base.dtype)
+
+
+def _whole(options: Options, base: Decoder, cache: KvCache) -> DecodeGraphs | NativeSteps | None:
+    """What computes decode rows in one piece: on the CPU compiled code, where there are kernels recordings of steps.
+    These have the last page of memory as their scratch page."""
     quick, context = kernels(base.device.type), min(options.context, base.shape.context)
     if quick is None:
-        return memory, cache, None
-    layout = Layout(options.page_tokens, cache.stride, -(-context // options.page_tokens), scratch=memory.pages - 1)
-    return memory, cache, DecodeGraphs(base, cache, layout, quick)
+        return native.steps(Path(options.kernels), base, cache, context) if options.native else None
+    last = cache.memory.pages - 1
+    layout = Layout(options.page_tokens, cache.stride, -(-context // options.page_tokens), scratch=last)
+    return DecodeGraphs(base, cache, layout, quick)
 
 
 def _memory_used(device: torch.device) -> int:

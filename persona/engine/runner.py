@@ -19,6 +19,7 @@ from persona.engine.buckets import Row
 from persona.engine.decoder import Decoder
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels.choice import kernels
+from persona.engine.kernels.native import NativeSteps
 from persona.engine.kernels.reference import DecodeRows
 from persona.engine.lora import Resident, StepAdapters
 from persona.engine.protocol import TokenLogprob
@@ -38,42 +39,54 @@ class Result:
 class Runner:
     """Runs plans on one decoder and one cache, with recordings of both if there are any."""
 
-    def __init__(self, decoder: Decoder, cache: KvCache, graphs: DecodeGraphs | None = None) -> None:
-        self._decoder, self._cache, self._graphs = decoder, cache, graphs
+    def __init__(self, decoder: Decoder, cache: KvCache, whole: DecodeGraphs | NativeSteps | None = None) -> None:
+        """whole: what computes decode rows in one piece, where there is such a thing."""
+        self._decoder, self._cache, self._whole = decoder, cache, whole
         self._adapters = self._no_adapters()
 
     @torch.no_grad()
     def run(self, plan: Plan, adapters: dict[int, Resident | None]) -> Result:
         """`adapters`: by sequence id. Afterwards each sequence's `computed` has moved on."""
         decode = sorted(plan.decode, key=lambda s: _order(adapters[s.id]))
-        if not plan.prefill and (logits := self._replayed(decode, adapters)) is not None:
-            for sequence in decode:
-                sequence.computed += 1
-            return Result(decode, logits, [])
-        step = self._step(decode, plan.prefill, adapters)
-        h = self._decoder.embedded(step.tokens)
-        for layer in range(self._decoder.shape.layers):
-            h = self._decoder.layer(layer, h, step)
+        logits = self._whole_step(decode, plan.prefill, adapters)
+        if logits is None:
+            result = self._together(decode, plan.prefill, adapters)
+        elif plan.prefill:
+            beside = self._together([], plan.prefill, adapters)
+            result = Result(decode + beside.next, torch.cat([logits, beside.logits]), beside.scores)
+        else:
+            result = Result(decode, logits, [])
         for sequence in decode:
             sequence.computed += 1
         for segment in plan.prefill:
             segment.sequence.computed = segment.end
-        return self._result(h, decode, plan.prefill)
+        return result
 
     def forget(self) -> None:
         """Let go of the last step's adapters, which are kept for a next step with the same rows."""
         self._adapters = self._no_adapters()
-        if self._graphs is not None:
-            self._graphs.forget()
+        if self._whole is not None:
+            self._whole.forget()
 
     def _no_adapters(self) -> StepAdapters:
         return StepAdapters(kernels(self._decoder.device.type))
 
-    def _replayed(self, decode: list[Sequence], adapters: dict[int, Resident | None]) -> torch.Tensor | None:
-        if self._graphs is None:
+    def _whole_step(
+        self, decode: list[Sequence], prefill: list[Segment], adapters: dict[int, Resident | None]
+    ) -> torch.Tensor | None:
+        """Logits [rows, vocab] of the decode rows, if they can be computed in one piece."""
+        if self._whole is None or not decode or (prefill and not self._whole.beside_prompts):
             return None
         rows = [Row(s.tokens[s.computed], s.computed, s.pages) for s in decode]
-        return self._graphs.logits(rows, [adapters[s.id] for s in decode])
+        return self._whole.logits(rows, [adapters[s.id] for s in decode])
+
+    def _together(self, decode: list[Sequence], prefill: list[Segment], adapters: dict[int, Resident | None]) -> Result:
+        """All rows layer by layer: they share the base's products."""
+        step = self._step(decode, prefill, adapters)
+        h = self._decoder.embedded(step.tokens)
+        for layer in range(self._decoder.shape.layers):
+            h = self._decoder.layer(layer, h, step)
+        return self._result(h, decode, prefill)
 
     def _step(self, decode: list[Sequence], prefill: list[Segment], adapters: dict[int, Resident | None]) -> "_Step":
         tokens = [s.tokens[s.computed] for s in decode]

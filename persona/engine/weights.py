@@ -74,11 +74,16 @@ class Int4(Projection):
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.rows, self.columns, self.bias = codes.shape[0], codes.shape[1] * 2, bias
-        self._block = _block()
+        self._block = block()
         spare = -self.rows % self._block  # whole blocks only: a partial one has another layout
         codes = F.pad(quantize.unpack_nibbles(codes), (0, 0, 0, spare))
         self._scales = F.pad(scales, (0, 0, 0, spare)).contiguous()  # [in/32, out, 2]
         self._packed = _pack(codes)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kernel's layout of the codes, and scales [in/32, out, 2] bf16, both with whole blocks of outputs."""
+        return self._packed, self._scales
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         # In fp32, whose elementwise operations are faster on a CPU than bf16's, and rounded once at the end.
@@ -182,7 +187,7 @@ def load(parts: Tensors, prefix: str, shape: tuple[int, int], form: Form, device
 _PARTS: dict[Form, tuple[str, ...]] = {"int4": ("codes", "scales"), "nf4": ("bytes", "absmax"), "none": ("dense",)}
 
 
-def _block() -> int:
+def block() -> int:
     """Output rows per block of the int4 kernel's layout on this CPU (0 would mean: layout unknown)."""
     return 64 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 32
 
@@ -190,7 +195,7 @@ def _block() -> int:
 def _pack(codes: torch.Tensor) -> torch.Tensor:
     """codes uint8 [out, in] → the kernel's layout. Raises ModelError if torch packs otherwise than we unpack."""
     packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
-    if not torch.equal(_unpack(packed, _block()), codes.t()):
+    if not torch.equal(_unpack(packed, block()), codes.t()):
         raise ModelError(f"torch {torch.__version__} packs int4 in an unknown way; set model.weights to none or nf4.")
     return packed
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from persona.engine import decoder, prepare, quantize, sampler
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
+from persona.engine.kernels import reference
 from persona.engine.memory import Memory
 from persona.engine.protocol import Sampling
 from persona.engine.sampler import Sampler
@@ -111,7 +112,7 @@ def pages() -> None:
                 keys, values = apart[:, layer]
                 keys.flatten(0, 1).index_copy_(0, some[:, -1] * size + 5, k)
                 values.flatten(0, 1).index_copy_(0, some[:, -1] * size + 5, k)
-                cache._gathered(keys, some), cache._gathered(values, some)  # both in memory at once, as in read
+                reference.gathered(keys, some), reference.gathered(values, some)  # both in memory at once, as in read
 
         both = zip(*((timed_call(outside), timed_call(inside)) for _ in range(30)), strict=True)
         found[str(rows)] = [rounded(list(times), 2) for times in both]

@@ -15,7 +15,7 @@ from persona.engine import logprobs
 from persona.engine.logprobs import Margin
 from persona.engine.protocol import Piece, Scores, TokenLogprob
 
-CLOSE = 0.05  # batched products round differently in bf16
+CLOSE = 0.1  # products of one row and of many round differently in bf16
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from persona.engine.attention import KvCache
 from persona.engine.buckets import Layout
 from persona.engine.grammar import Grammars
 from persona.engine.graphs import DecodeGraphs, Work
+from persona.engine.kernels import native
 from persona.engine.kernels.choice import Kernels
 from persona.engine.loop import EngineLoop
 from persona.engine.memory import Memory
@@ -65,8 +66,10 @@ class Bench:
         eos: frozenset[int] = frozenset(),
         dtype: torch.dtype | None = None,
         kernels: Kernels | None = None,
+        compiled: bool = True,
     ) -> None:
-        """kernels: with recordings of decode steps, which are replayed by computing again."""
+        """kernels: with recordings of decode steps, which are replayed by computing again · compiled: else, where there
+        is a compiler, decode rows are computed by code for this CPU."""
         self.prepared = models.prepared(kind, weights)
         self.decoder = models.decoder(kind, weights)
         self.decoder.dtype = dtype or self.decoder.dtype
@@ -79,6 +82,8 @@ class Bench:
         self.cache = KvCache(self.memory, self.shape, page, dtype)
         layout = Layout(page, self.cache.stride, -(-context // page), scratch=pages)
         self.graphs = None if kernels is None else DecodeGraphs(self.decoder, self.cache, layout, kernels, again)
+        folder = models.root / "kernels"
+        plain = None if not compiled else native.steps(folder, self.decoder, self.cache, self.shape.context)
         self.tiers = Tiers(
             self._read,
             lambda found: self.memory.needed(lora.nbytes(found, self.shape, dtype)),
@@ -97,7 +102,7 @@ class Bench:
         health = Health(self.prepared.base, "tiny", "cpu", weights, context, self.shape.vocab)
         self.loop = EngineLoop(
             scheduler=self.scheduler,
-            runner=Runner(self.decoder, self.cache, self.graphs),
+            runner=Runner(self.decoder, self.cache, self.graphs or plain),
             tiers=self.tiers,
             text=Text.load(self.prepared.folder),
             train=self._train,

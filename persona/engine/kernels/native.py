@@ -1,0 +1,188 @@
+"""The decode step compiled for this CPU (decode.c): built once with the machine's C compiler, kept in the cache folder.
+
+Nothing here is needed: without a compiler, on another system or for a network that decode.c does not know, steps run in
+plain torch. OpenMP is that of torch, so both share one set of threads.
+"""
+
+import ctypes
+import hashlib
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+import torch
+
+from persona.engine import device
+from persona.engine.attention import KvCache
+from persona.engine.buckets import Row
+from persona.engine.decoder import Decoder
+from persona.engine.lora import Resident
+from persona.engine.shape import TARGETS
+from persona.engine.weights import Int4, Projection, block
+
+SOURCE = Path(__file__).with_name("decode.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+SECONDS = 120  # for the compiler
+
+log = structlog.get_logger()
+
+_Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, _Pointer) for name in ("codes", "scales", "bias")] + [
+        (name, _Int) for name in ("out", "inputs", "padded")
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, _Pointer) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")] + [
+        (target, _Matrix) for target in TARGETS
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _Int) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "intermediate", "vocab")),
+        *((name, _Pointer) for name in ("layer", "embed", "head", "norm", "cos", "sin", "cache")),
+        ("size", _Int),
+        ("eps", ctypes.c_double),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, _Int) for name in ("rows", "width")),
+        *((name, _Pointer) for name in ("tokens", "positions", "pages", "tables", "logits", "scratch")),
+        ("threads", _Int),
+    ]
+
+
+def library(folder: Path, cell: torch.dtype, *flags: str) -> Path | None:
+    """decode.c compiled for this machine, in `folder`; None where that cannot be done.
+
+    cell: type of a value in the cache and in adapters, fp32 or bf16 · flags: more of the compiler's.
+    """
+    command = device.c_compiler()
+    if command is None or platform.system() != "Linux":
+        return None
+    options = [*FLAGS, *flags, f"-DBLOCK={block()}", f"-DCELL_BYTES={cell.itemsize}"]
+    made = folder / f"decode-{_fingerprint(command, options)}.so"
+    if made.exists():
+        return made
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as apart:
+            out = Path(apart) / made.name
+            asked = [*command, *options, str(SOURCE), "-o", str(out), "-lm"]
+            subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SECONDS)
+            out.replace(made)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("replies are slower: decode.c was not compiled", reason=_reason(error))
+        return None
+    return made
+
+
+def _fingerprint(command: list[str], options: list[str]) -> str:
+    """Of all that the result depends on: source, options, compiler, CPU."""
+    told = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    kind = [line for line in cpu if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    parts = (SOURCE.read_text(encoding="utf-8"), *options, *command, told, *kind)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _reason(error: Exception) -> str:
+    told = getattr(error, "stderr", None) or str(error)
+    return str(told).strip().splitlines()[-1] if told else type(error).__name__
+
+
+class NativeSteps:
+    """Decode steps of one decoder and one cache."""
+
+    beside_prompts = True  # rows of a step with prompts are computed apart: quicker, and always the same
+
+    def __init__(self, path: Path, decoder: Decoder, cache: KvCache, context: int) -> None:
+        """context: tokens of a sequence at most."""
+        assert fits(decoder, cache)
+        self._code = ctypes.CDLL(str(path))
+        self._code.scratch_bytes.restype = _Int
+        decoder.narrow()
+        self._decoder, self._cache, shape = decoder, cache, decoder.shape
+        cos, sin = decoder.turns(torch.arange(context))
+        self._kept: list[object] = [cos, sin]  # what the model points to, beside the decoder and the cache
+        self._layers = (_Layer * shape.layers)(*(self._layer(decoder, index) for index in range(shape.layers)))
+        self._model = _Model(
+            shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate, shape.vocab,
+            ctypes.addressof(self._layers), decoder.embed.data_ptr(), decoder.head.data_ptr(), decoder.norm.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), cache.memory.bytes.data_ptr(), cache.size, shape.eps,
+        )  # fmt: skip
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._logits = torch.empty(0, shape.vocab)
+
+    def logits(self, rows: Sequence[Row], adapters: Sequence[Resident | None]) -> torch.Tensor | None:
+        """The step of these rows: [rows, vocab] fp32, which the next step overwrites. None: an adapter is too wide."""
+        width = max(row.position // self._cache.size + 1 for row in rows)
+        integers = torch.tensor([[row.token, row.position] for row in rows]).t().contiguous()
+        pages = torch.tensor([(row.pages[:width] + [0] * width)[:width] for row in rows])
+        tables = (_Pointer * len(rows))(*(None if one is None else _table(one) for one in adapters))
+        step = _Step(
+            len(rows), width, integers.data_ptr(), integers[1].data_ptr(), pages.data_ptr(), ctypes.addressof(tables),
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        if len(rows) > len(self._logits):
+            self._logits = torch.empty(len(rows), self._decoder.shape.vocab)
+        needed = self._code.scratch_bytes(ctypes.byref(self._model), ctypes.byref(step))
+        if needed > len(self._scratch):
+            self._scratch = torch.empty(needed, dtype=torch.uint8)
+        step.logits, step.scratch = self._logits.data_ptr(), self._scratch.data_ptr()
+        failed = self._code.decode(ctypes.byref(self._model), ctypes.byref(step))
+        return None if failed else self._logits[: len(rows)]
+
+    def forget(self) -> None:
+        """Nothing of a step is kept."""
+
+    def _layer(self, decoder: Decoder, index: int) -> _Layer:
+        layer = decoder.layers[index]
+        norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+        return _Layer(*map(self._address, norms), *(self._matrix(layer.projections[target]) for target in TARGETS))
+
+    def _matrix(self, projection: Projection) -> _Matrix:
+        assert isinstance(projection, Int4)
+        packed, scales = projection.parts
+        sizes = projection.rows, projection.columns, scales.shape[1]
+        return _Matrix(packed.data_ptr(), scales.data_ptr(), self._address(projection.bias), *sizes)
+
+    def _address(self, vector: torch.Tensor | None) -> int | None:
+        """Of its values in fp32."""
+        if vector is None:
+            return None
+        values = vector.float().contiguous()
+        self._kept.append(values)
+        return values.data_ptr()
+
+
+def _table(adapter: Resident) -> int:
+    assert adapter.table is not None, "an adapter that was not promoted"
+    return adapter.table.data_ptr()
+
+
+def steps(folder: Path, decoder: Decoder, cache: KvCache, context: int) -> NativeSteps | None:
+    """What computes decode rows in one piece, with code kept in `folder`; None where there is no such thing."""
+    path = library(folder, decoder.dtype) if fits(decoder, cache) else None
+    return None if path is None else NativeSteps(path, decoder, cache, context)
+
+
+def fits(decoder: Decoder, cache: KvCache) -> bool:
+    """Whether decode.c knows such a network: int4, and sizes that fill vectors."""
+    shape = decoder.shape
+    sizes = (shape.hidden, shape.heads * shape.head_dim, shape.intermediate)
+    return (
+        decoder.device.type == "cpu"
+        and all(size % 32 == 0 for size in sizes)
+        and shape.head_dim % 16 == 0
+        and all(isinstance(p, Int4) for layer in decoder.layers for p in layer.projections.values())
+    )

@@ -1,0 +1,187 @@
+"""Decode steps by compiled code: the same as plain torch layer by layer, and the same whoever stands beside a row.
+
+Plain torch computes in fp32 here, with the base's matrices written out. Tolerances are those of a logit, where logits
+spread by 1.4 or more: 1e-3 for code in fp32, and 0.1 where the CPU multiplies bf16, to which each product's input is
+rounded.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from models import Models
+from parts import program
+
+from persona.engine import device, lora
+from persona.engine.attention import KvCache
+from persona.engine.kernels import native
+from persona.engine.kernels.native import NativeSteps
+from persona.engine.lora import Resident
+from persona.engine.memory import Memory
+from persona.engine.runner import Runner
+from persona.engine.scheduler import Plan, Segment, Sequence
+from persona.engine.shape import TARGETS, Shape
+from persona.engine.weights import Int4
+
+PAGE, PAGES, CONTEXT = 16, 64, 256
+LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)  # tokens of each sequence, the last one not computed yet
+RANKS = (2, 0, 8, 64, 0, 1, 3, 16, 4)
+KINDS = ("llama", "llama-untied", "llama3-rope", "llama-biased", "mistral", "qwen2", "qwen3")
+WAYS = {"this CPU": (), "without bf16": ("-mno-avx512bf16",), "narrow vectors": ("-mno-avx512f",)}
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    program("cc")
+    monkeypatch.setattr(Int4, "FEW", 0)
+
+
+class World:
+    """Sequences with their contexts in the cache, computed by plain torch."""
+
+    def __init__(self, models: Models, kind: str, dtype: torch.dtype = torch.float32) -> None:
+        self.folder = models.root / "kernels"
+        self.decoder = models.decoder(kind)
+        self.decoder.dtype = dtype
+        shape = self.decoder.shape
+        self.memory = Memory(PAGES, KvCache.page_bytes(shape, PAGE, dtype), torch.device("cpu"))
+        self.memory.bytes.view(dtype).fill_(float("nan"))  # what is read beside a row's own context shows
+        self.cache = KvCache(self.memory, shape, PAGE, dtype)
+        self.plain = Runner(self.decoder, self.cache)
+        self.adapters = {n: adapter(shape, rank, dtype) for n, rank in enumerate(RANKS)}
+        drawn, pages = random.Random(5), list(range(PAGES))
+        drawn.shuffle(pages)
+        self.sequences = []
+        for number, length in enumerate(LENGTHS):
+            tokens = [drawn.randrange(3, shape.vocab) for _ in range(length)]
+            mine = [pages.pop() for _ in range(-(-length // PAGE))]
+            self.sequences.append(Sequence(number, tokens, length - 1, CONTEXT, pages=mine))
+            if length > 1:
+                self.plain.run(Plan([], [Segment(self.sequences[-1], 0, length - 1)]), self.adapters)
+            else:
+                self.cache.clear(mine)
+
+    def steps(self, *flags: str) -> NativeSteps:
+        path = native.library(self.folder, self.decoder.dtype, *flags)
+        assert path is not None
+        return NativeSteps(path, self.decoder, self.cache, CONTEXT)
+
+    def logits(self, steps: NativeSteps | None, which: list[int]) -> torch.Tensor:
+        """Of those sequences' next step: [rows, vocab], in that order. The cache is as before afterwards."""
+        some, before = [self.sequences[n] for n in which], self.memory.bytes.clone()
+        result = Runner(self.decoder, self.cache, steps).run(Plan(some, []), self.adapters)
+        logits = {sequence.id: row.clone() for sequence, row in zip(result.next, result.logits, strict=True)}
+        self.written = self.memory.bytes.clone()
+        self.memory.bytes.copy_(before)
+        for sequence in some:
+            sequence.computed -= 1
+        return torch.stack([logits[n] for n in which])
+
+
+def adapter(shape: Shape, rank: int, dtype: torch.dtype) -> Resident | None:
+    """Random factors on most projections."""
+    if not rank:
+        return None
+    generator = torch.Generator().manual_seed(rank)
+    factors = {}
+    for layer in range(shape.layers):
+        for target in TARGETS:
+            out, inputs = shape.projection(target)
+            a = torch.randn(inputs, rank, generator=generator) / inputs**0.5
+            b = torch.randn(rank, out, generator=generator) / 4
+            if (layer, target) != (0, "o"):
+                factors[layer, target] = a.to(dtype), b.to(dtype)
+    return lora.resident(factors, shape.layers)
+
+
+ALL = list(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_that_of_plain_torch(models: Models, kind: str, way: str) -> None:
+    world = World(models, kind)
+    wanted = world.logits(None, ALL)
+    cache = world.written.view(torch.float32).clone()
+    found = world.logits(world.steps(*WAYS[way]), ALL)
+    assert wanted.std() > 1.4
+    tolerance = 0.1 if way == "this CPU" and torch.cpu._is_avx512_bf16_supported() else 1e-3
+    assert (found - wanted).abs().max() < tolerance
+    kept = torch.isfinite(cache)
+    assert (world.written.view(torch.float32)[kept] - cache[kept]).abs().max() < tolerance
+    assert torch.isfinite(world.written.view(torch.float32)).equal(kept)
+
+
+def test_a_step_with_a_cache_in_bf16(models: Models) -> None:
+    world = World(models, "llama", torch.bfloat16)
+    wanted, found = world.logits(None, ALL), world.logits(world.steps(), ALL)
+    assert (found - wanted).abs().max() < 0.5  # plain torch rounds every activation here
+    exact = World(models, "llama").logits(None, ALL)
+    assert (found - exact).abs().mean() < 0.8 * (wanted - exact).abs().mean()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_is_the_same_bit_for_bit_whoever_stands_beside_it(models: Models, way: str) -> None:
+    world = World(models, "llama")
+    steps = world.steps(*WAYS[way])
+    together = world.logits(steps, ALL)
+    for row in ALL:
+        assert torch.equal(world.logits(steps, [row])[0], together[row])
+    some = [7, 2, 4]
+    assert torch.equal(world.logits(steps, some), together[some])
+
+
+def test_threads_change_nothing(models: Models) -> None:
+    world, threads = World(models, "llama"), torch.get_num_threads()
+    alone = world.logits(world.steps(), ALL)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(world.logits(world.steps(), ALL), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_prompt_beside_them_changes_nothing_for_decode_rows(models: Models) -> None:
+    world = World(models, "llama")
+    alone = world.logits(world.steps(), [5, 6])
+    newcomer = Sequence(99, [7] * 20, 20, CONTEXT, pages=[60, 61])
+    runner = Runner(world.decoder, world.cache, world.steps())
+    plan = Plan([world.sequences[5], world.sequences[6]], [Segment(newcomer, 0, 20)])
+    result = runner.run(plan, {**world.adapters, 99: None})
+    assert [s.id for s in result.next][-1] == 99
+    rows = {sequence.id: row for sequence, row in zip(result.next, result.logits, strict=True)}
+    assert torch.equal(torch.stack([rows[5], rows[6]]), alone)
+    assert [s.computed for s in plan.decode] == [len(s.tokens) for s in plan.decode]
+    assert newcomer.computed == 20
+
+
+def test_an_adapter_of_a_rank_that_it_does_not_know_is_left_to_torch(models: Models) -> None:
+    world = World(models, "llama")
+    world.adapters[1] = adapter(world.decoder.shape, 300, torch.float32)
+    assert torch.equal(world.logits(world.steps(), ALL), world.logits(None, ALL))
+
+
+def test_a_network_that_it_does_not_know_is_left_to_torch(models: Models) -> None:
+    world = World(models, "llama")
+    assert native.steps(world.folder, world.decoder, world.cache, CONTEXT) is not None
+    dense = models.decoder("llama", "none")
+    assert native.steps(world.folder, dense, world.cache, CONTEXT) is None
+
+
+def test_without_a_compiler_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "c_compiler", lambda: None)
+    assert native.library(tmp_path, torch.float32) is None
+
+
+def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    assert native.library(tmp_path, torch.float32, "-fno-such-option") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = native.library(tmp_path, torch.float32)
+    assert made is not None
+    monkeypatch.setattr(native, "SECONDS", 0)  # no time to compile
+    monkeypatch.setattr(native, "_fingerprint", lambda *_: made.stem.removeprefix("decode-"))
+    assert native.library(tmp_path, torch.float32) == made
