@@ -1,4 +1,4 @@
-"""The recipe: new history → examples → candidate → gate → pointer → flip.
+"""The recipe: new history → examples → candidate → gate → live conversations → pointer → flip.
 
 Whatever fails, the run ends with one recorded sentence and the version that served goes on serving. A candidate is
 durable before it is judged and serves only after the gate kept it; one that is not kept loses its files. A run looks at
@@ -8,7 +8,7 @@ history up to one entry, so that after a stop it finds the same examples and its
 import asyncio
 import math
 import traceback
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -33,6 +33,7 @@ from storage.whole import whole
 
 log = structlog.get_logger()
 
+WARM_SECONDS = 10.0  # that a version which was kept waits for idle time before it serves
 ENTRIES = 20_000  # newest ones that a run looks at; max_run_tokens reaches far less far back
 
 
@@ -73,6 +74,7 @@ class Finetune:
         self.rehearsal = Rehearsal(engine, tokenizer, settings, base_hash)
         self._prior = plans.prior(settings.learning)  # before a first version
         self.progress: dict[UserId, Progress] = {}
+        self.warm: Callable[[User, Version], Awaitable[None]] = _nothing  # what happens before a version serves
         self._leaving = False
 
     def leave(self) -> None:
@@ -245,6 +247,8 @@ class Finetune:
                 settings=self._settings,
                 context=await self._context(),
             )
+            if verdict.keep:
+                await self._warmed(candidate)
             await self._still_wanted(candidate, serving)
         except BaseException:
             await asyncio.shield(self._reject(candidate))
@@ -252,6 +256,15 @@ class Finetune:
         if not verdict.keep:
             await self._reject(candidate)
         return verdict
+
+    async def _warmed(self, candidate: Version) -> None:
+        """Give the engine time to read live conversations under the candidate, before it serves: idle time only."""
+        user = await self._user(candidate.user_id)
+        try:
+            async with asyncio.timeout(WARM_SECONDS):
+                await self.warm(user, candidate)
+        except (TimeoutError, PersonaError) as error:  # their next replies begin a little later
+            log.info("live conversations are not all read", user=user.name, kind=type(error).__name__)
 
     async def _still_wanted(self, candidate: Version, serving: Version | None) -> None:
         """Raises TrainingFailed if the user paused, rolled back or was given another base while the run went on."""
@@ -302,6 +315,10 @@ class Finetune:
             log.warning("flip failed", user=user.name, version=candidate.number, error=type(error).__name__)
         await retention.prune(self._adapters, user, self._settings.learning.keep_versions)
         return outcome
+
+
+async def _nothing(user: User, version: Version) -> None:
+    pass
 
 
 def _through(run: Run) -> EntryId:

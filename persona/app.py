@@ -237,6 +237,8 @@ async def _services(
     metrics = Metrics()
     metrics.events.read, metrics.dead_letters.read = intake.outcomes, intake.reasons
     metrics.live.read = lambda: live.counts
+    chat = Chat(settings, history, events, adapters, engine, tokenizer, clock, lambda: context, base)
+    finetune.warm = chat.warm
     services = Services(
         settings=settings,
         database=database,
@@ -249,7 +251,7 @@ async def _services(
         backups=Backups(database, adapters, clock),
         engine=engine,
         tokenizer=tokenizer,
-        chat=Chat(settings, history, events, adapters, engine, tokenizer, clock, lambda: context, base),
+        chat=chat,
         finetune=finetune,
         live=live,
         schedule=schedule,

@@ -9,7 +9,7 @@ import re
 from asyncio import Semaphore
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import cast
 
 import structlog
@@ -34,7 +34,16 @@ from persona.domain import (
     VersionState,
 )
 from persona.engine.faces import Serving
-from persona.engine.protocol import Chunk, GenerateRequest, ScoreRequest, TokenLogprob, ref, replace
+from persona.engine.protocol import (
+    Chunk,
+    GenerateRequest,
+    PrefillRequest,
+    Sampling,
+    ScoreRequest,
+    TokenLogprob,
+    ref,
+    replace,
+)
 from persona.errors import AdapterError, Busy, EngineDown, NotFound, RequestError, StorageFull, TooLarge
 from persona.prompt import Prompt
 from persona.settings import Settings
@@ -50,6 +59,8 @@ _RECENT_ENTRIES = 512  # unabsorbed entries that are read at most; the token bud
 _FACTS = 500  # facts, and states, that are looked at: the newest
 _QUERY_CHARS = 2000  # of the last message that the search looks at
 _AT_ONCE = 16  # replies to one request that the engine hears of at a time
+_LIVE = timedelta(minutes=30)  # since its last reply, in which a conversation may go on at any moment
+_LIVE_CONVERSATIONS = 4
 _DEFAULT_RESERVE = 256  # tokens kept free for a reply that names no max_tokens
 
 # What chat clients ask on their own account, in the user's role: title, tags, follow-ups, search queries.
@@ -154,6 +165,15 @@ class Chat:
         """What a reply to `ask` would be made of; stores and generates nothing."""
         return await self._sheet(caller, ask, store=False)
 
+    async def warm(self, user: User, version: Version) -> None:
+        """Have the engine compute, in idle time, how the user's live conversations begin under `version`: their next
+        replies then begin as soon as they would have under the version before."""
+        since = self._clock() - _LIVE
+        for tail in await self._history.live(user.id, since, limit=_LIVE_CONVERSATIONS):
+            turns = await self._history.conversation(user.id, tail)
+            tokens = await self._beginning(user, version, turns)
+            await self._engine.prefill(PrefillRequest(tokens, ref(version), user.id))
+
     async def drain(self, seconds: float) -> None:
         """Take no new request, let running replies end for `seconds`, then cut them short, recorded."""
         self._closing = True
@@ -246,6 +266,17 @@ class Chat:
         return await self._compose(
             ask, voice, _elsewhere(recent, placement), _elsewhere(retrieved, placement), facts, states
         )
+
+    async def _beginning(self, user: User, version: Version, turns: Sequence[Entry]) -> list[int]:
+        """What the next prompt of a conversation begins with: all but its newest message and what is found for it."""
+        voice = Voice("persona", self._settings.prompt.system, version, personal=True)
+        ask = Ask(voice.name, tuple(Message(turn.role, turn.text) for turn in turns), Sampling())
+        known = [turn.id for turn in turns]
+        recent = await self._history.recent(user.id, version.watermark, exclude=known, limit=_RECENT_ENTRIES)
+        facts = await self._events.facts(user.id, "fact", limit=_FACTS)
+        prompt = await self._compose(ask, voice, recent, facts=facts)
+        rendered = await asyncio.to_thread(self._tokenizer.render, prompt.messages, reply=False)
+        return list(rendered.tokens)
 
     async def _retrieve(self, user: User, ask: Ask, placement: Placement) -> list[Entry]:
         limits = self._settings.prompt

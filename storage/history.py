@@ -139,6 +139,14 @@ class History:
         chain = chain.union_all(parents)
         return await self._all(_mine(user_id).where(entries.c.id.in_(sa.select(chain.c.id))).order_by(entries.c.id))
 
+    async def live(self, user_id: UserId, since: datetime, *, limit: int) -> list[EntryId]:
+        """The newest reply of each conversation that had one at or after `since`, newest first."""
+        mine = (entries.c.user_id == user_id) & (entries.c.origin == Origin.REPLY) & (entries.c.ts >= since)
+        newest = sa.func.max(entries.c.id)
+        query = sa.select(newest).where(mine).group_by(entries.c.conversation).order_by(newest.desc()).limit(limit)
+        async with self._db.read() as connection:
+            return [EntryId(entry_id) for entry_id in (await connection.execute(query)).scalars()]
+
     async def get(self, user_id: UserId, entry_id: EntryId) -> Entry | None:
         found = await self._all(_mine(user_id).where(entries.c.id == entry_id))
         return found[0] if found else None

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -641,3 +641,40 @@ async def test_threat_11_an_event_that_poses_as_a_system_message_stays_data(room
         mark = 256 + ScriptedText.MARKS.index("system")
         assert [token for token in it.engine.requests[-1].tokens if token == mark] == [mark]
         assert "\n<|im_start|>" not in it.prompt()
+
+
+async def test_a_live_conversation_is_read_under_a_new_version_as_its_next_prompt_begins(room: Open) -> None:
+    async with room() as it:
+        await it.happen("fact", key="city", value="Oslo")
+        await it.say("The garden gate is broken")
+        first = await it.say("Who is there?")
+        await it.say("Who is there?", first.text, "And who else?")
+        version = await it.publish(watermark=1)
+        await it.chat.warm(it.caller.user, version)
+        last = await it.say("Who is there?", first.text, "And who else?", "Hello.", "Which gate is broken?")
+        ahead = it.engine.prefilled
+        asked = it.engine.requests[-1]
+    assert last.version is not None
+    assert last.version.number == version.number
+    assert len(ahead) == 2  # both conversations
+    assert (ahead[0].adapter, ahead[0].user_id) == (asked.adapter, asked.user_id)
+    assert asked.tokens[: len(ahead[0].tokens)] == ahead[0].tokens
+    assert "And who else?" in ScriptedText().decode(ahead[0].tokens)
+    assert "Oslo" in ScriptedText().decode(ahead[0].tokens)
+    assert len(ahead[0].tokens) > 0.8 * len(it.engine.requests[-2].tokens)
+
+
+async def test_what_ended_long_ago_is_not_read_again(room: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with room() as it:
+        await it.say("Good morning")
+        monkeypatch.setattr(it.chat, "_clock", lambda: NOW + timedelta(hours=1))
+        await it.chat.warm(it.caller.user, await it.publish())
+    assert it.engine.prefilled == []
+
+
+async def test_no_more_than_a_few_conversations_are_read(room: Open) -> None:
+    async with room() as it:
+        for number in range(7):
+            await it.say(f"Question {number}")
+        await it.chat.warm(it.caller.user, await it.publish())
+    assert len(it.engine.prefilled) == 4

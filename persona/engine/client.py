@@ -29,6 +29,7 @@ from persona.engine.protocol import (
     Health,
     Piece,
     Pong,
+    PrefillRequest,
     Progress,
     Reply,
     Request,
@@ -114,6 +115,9 @@ class LocalEngine:
         answer = await self._one(lambda job: protocol.ScoreAll(job, list(requests)))
         assert isinstance(answer, protocol.AllScores)
         return answer.logprobs
+
+    async def prefill(self, request: PrefillRequest) -> None:
+        await self._one(lambda job: protocol.Prefill(job, request))
 
     async def health(self) -> Health:
         answer = await self._one(protocol.Ping)

@@ -13,6 +13,7 @@ from persona.engine.protocol import (
     Chunk,
     GenerateRequest,
     Health,
+    PrefillRequest,
     Progress,
     ScoreRequest,
     TokenLogprob,
@@ -41,6 +42,11 @@ class Serving(Protocol):
         Neighbours with one adapter whose tokens begin alike are computed together: far cheaper for many messages
         under one long prompt.
         """
+        ...
+
+    async def prefill(self, request: PrefillRequest) -> None:
+        """Compute what a coming prompt begins with, when nothing else is to be computed: it may take long, or for ever
+        on a busy engine. Cancelling it keeps what was computed."""
         ...
 
     async def health(self) -> Health: ...

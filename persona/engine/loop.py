@@ -83,6 +83,16 @@ class _Score:
     found: list[TokenLogprob] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Ahead:
+    """The beginning of a coming prompt in the making."""
+
+    sequence: Sequence
+
+
+Job = _Generation | _Score | _Ahead
+
+
 class EngineLoop:
     """Everything between messages in and messages out."""
 
@@ -106,7 +116,7 @@ class EngineLoop:
         self._patience, self._clock, self._pace, self._looked = patience, clock, Pace(), -math.inf
         self._scheduler, self._runner, self._tiers = scheduler, runner, tiers
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
-        self._jobs: dict[int, _Generation | _Score] = {}
+        self._jobs: dict[int, Job] = {}
         self._awaiting = Awaiting(tiers)
         self._grammars = grammars
         self._compiling: dict[int, tuple[futures.Future[Grammar], Sequence, protocol.GenerateRequest]] = {}
@@ -158,6 +168,8 @@ class EngineLoop:
                 self._score(request.id, request.request)
             case protocol.ScoreAll():
                 self._score_all(request.id, request.requests)
+            case protocol.Prefill():
+                self._prefill(request.id, request.request)
             case protocol.Abort():
                 self._abort(request.id)
             case protocol.Stage():
@@ -250,6 +262,13 @@ class EngineLoop:
         sequence.targets, sequence.background = tuple(request.targets), True
         sequence.top = request.top or 0
         self._jobs[job] = _Score(sequence, request.top is not None)
+        self._scheduler.add(sequence)
+
+    def _prefill(self, job: int, request: protocol.PrefillRequest) -> None:
+        sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
+        sequence.owner, sequence.user_id = Owner(request.user_id, request.adapter), request.user_id
+        sequence.background = sequence.silent = True
+        self._jobs[job] = _Ahead(sequence)
         self._scheduler.add(sequence)
 
     def _score_all(self, job: int, requests: list[protocol.ScoreRequest]) -> None:
@@ -393,6 +412,9 @@ class EngineLoop:
             return
         self._steps += 1
         self._scheduler.advanced(plan)
+        for sequence in [s for s in sequences if s.silent and not s.prefilling]:
+            self._remove(sequence.id)
+            self._send(protocol.Done(sequence.id))
         self._deliver(result)
 
     def _deliver(self, result: Result) -> None:
@@ -447,7 +469,7 @@ class EngineLoop:
     def _finish(self, job: int, finish: str, error: str | None = None, shown: str = "", *, cut: bool = False) -> None:
         """End a job with its last answer. `shown`: the last text that is certain; a stop string has `cut` the rest."""
         ended = self._remove(job)
-        if isinstance(ended, _Score):
+        if not isinstance(ended, _Generation):
             self._fail(job, Busy(error or slices.ABORTED))
             return
         text, stopped = shown, cut
@@ -458,7 +480,7 @@ class EngineLoop:
         beside = ended.margin.show(len(text)) if stopped else ended.margin.rest()
         self._send(Piece(job, Chunk(text, ended.generated, finish, error, beside, ended.sequence.cached)))
 
-    def _remove(self, job: int) -> _Generation | _Score:
+    def _remove(self, job: int) -> Job:
         ended = self._jobs.pop(job)
         self._scheduler.remove(ended.sequence)
         return ended

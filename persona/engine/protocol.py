@@ -84,6 +84,14 @@ class ScoreRequest(msgspec.Struct, frozen=True):
     top: int | None = None  # how many alternatives are told with each; None: nothing but the numbers
 
 
+class PrefillRequest(msgspec.Struct, frozen=True):
+    """What a coming prompt of this user will begin with under this version: computed once nothing else is to be."""
+
+    tokens: list[int]
+    adapter: AdapterRef
+    user_id: int
+
+
 class Example(msgspec.Struct, frozen=True):
     """What the trainer sees: a token sequence and the positions whose prediction is trained.
 
@@ -188,8 +196,12 @@ class ScoreAll(Call, tag="score_all", frozen=True):
     requests: list[ScoreRequest]
 
 
+class Prefill(Call, tag="prefill", frozen=True):
+    request: PrefillRequest
+
+
 class Abort(Call, tag="abort", frozen=True):
-    """Ends the generation, score or training `id`; it is answered with its last message."""
+    """Ends the generation, score, prefill or training `id`; it is answered with its last message."""
 
 
 class Stage(Call, tag="stage", frozen=True):
@@ -220,7 +232,7 @@ class Ping(Call, tag="ping", frozen=True):
     pass
 
 
-Request = Generate | Score | ScoreAll | Abort | Stage | Flip | Drop | Train | Pause | Resume | Ping
+Request = Generate | Score | ScoreAll | Prefill | Abort | Stage | Flip | Drop | Train | Pause | Resume | Ping
 
 
 # Answers: engine → service.
@@ -246,7 +258,7 @@ class AllScores(Answer, tag="all_scores", frozen=True):
 
 
 class Done(Answer, tag="done", frozen=True):
-    """Stage, flip, drop, pause and resume succeeded."""
+    """Prefill, stage, flip, drop, pause and resume succeeded."""
 
 
 class Step(Answer, tag="step", frozen=True):

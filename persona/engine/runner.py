@@ -140,7 +140,7 @@ class Runner:
             sequence = segment.sequence
             if sequence.targets:
                 scores.append((sequence, self._scored(h[start:], segment)))
-            elif segment.end == sequence.prompt:
+            elif segment.end == sequence.prompt and not sequence.silent:
                 following.append(sequence)
                 rows.append(start + segment.end - segment.start - 1)
             start += segment.end - segment.start

@@ -3,7 +3,7 @@
 A sequence reserves pages for its prompt and its longest reply, and holds its adapter, when it is admitted, so a running
 one never waits for memory; what an earlier one of the same user and version left behind is not computed again
 (prefix.py). Chat goes before scoring; who is next among users says waiting.py. Every step decodes all running rows and
-prefills at most `prefill_tokens` prompt tokens beside them.
+prefills at most `prefill_tokens` prompt tokens beside them; what is only computed for later waits for an idle step.
 """
 
 from collections.abc import Collection, Iterator
@@ -16,6 +16,8 @@ from persona.engine.prefix import Block, Owner, PrefixCache
 from persona.engine.protocol import AdapterRef
 from persona.engine.shelf import Absent, Lease, Shelf
 from persona.engine.waiting import GENERATED, Shares, WaitingRoom
+
+AHEAD = 64  # tokens of a silent sequence in one step
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +37,7 @@ class Sequence:
     targets: tuple[int, ...] = ()  # positions to score; empty for chat
     top: int = 0  # alternatives that are told with each of them
     background: bool = False
+    silent: bool = False  # nothing follows its prompt: it is computed for a later one, when nothing else is
     user_id: int = 0
     owner: Owner | None = None
     computed: int = 0
@@ -161,7 +164,10 @@ class Scheduler:
         if self._admit(admitted, refused):
             self._prefetch()
         decode = [s for s in self._running if not s.prefilling]
-        return Plan(decode, list(self._segments(self._prefill_tokens)), admitted, refused)
+        segments = list(self._segments(self._prefill_tokens))
+        if not decode and not segments:
+            segments = list(self._ahead())
+        return Plan(decode, segments, admitted, refused)
 
     def advanced(self, plan: Plan) -> None:
         """The step of `plan` is done: pages that it filled become blocks."""
@@ -264,9 +270,15 @@ class Scheduler:
 
     def _segments(self, budget: int) -> Iterator[Segment]:
         """Chat first, who has had least before others, then scoring; among equals in order of admission."""
-        waiting = [sequence for sequence in self._running if sequence.prefilling]
+        waiting = [sequence for sequence in self._running if sequence.prefilling and not sequence.silent]
         for sequence in sorted(waiting, key=lambda s: (s.background, 0.0 if s.background else self.shares[s.user_id])):
             if budget:
                 end = min(sequence.prompt, sequence.computed + budget)
                 budget -= end - sequence.computed
                 yield Segment(sequence, sequence.computed, end)
+
+    def _ahead(self) -> Iterator[Segment]:
+        """A short piece of a prompt that nobody waits for: whoever comes meanwhile has to wait for it."""
+        for sequence in self._running[:1]:
+            end = sequence.computed + min(AHEAD, self._prefill_tokens)
+            yield Segment(sequence, sequence.computed, min(sequence.prompt, end))

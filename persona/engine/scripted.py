@@ -19,6 +19,7 @@ from persona.engine.protocol import (
     Chunk,
     GenerateRequest,
     Health,
+    PrefillRequest,
     Progress,
     ScoreRequest,
     TokenLogprob,
@@ -58,6 +59,7 @@ class ScriptedEngine:
         self._resumed.set()
         self.requests: list[GenerateRequest] = []
         self.scored: list[ScoreRequest] = []
+        self.prefilled: list[PrefillRequest] = []
         self.trained: list[TrainRequest] = []
         self.staged: list[AdapterRef] = []
         self.flipped: list[AdapterRef] = []
@@ -101,6 +103,10 @@ class ScriptedEngine:
 
     async def score_all(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         return [await self.score(request) for request in requests]
+
+    async def prefill(self, request: PrefillRequest) -> None:
+        self._check(request.adapter)
+        self.prefilled.append(request)
 
     async def health(self) -> Health:
         training = self._training

@@ -2,11 +2,21 @@
 
 import asyncio
 import math
+from pathlib import Path
 
 import pytest
 from house import House
 
-from persona.engine.protocol import AdapterRef, Chunk, GenerateRequest, Health, Sampling, ScoreRequest
+from persona.engine import adapter_file
+from persona.engine.protocol import (
+    AdapterRef,
+    Chunk,
+    GenerateRequest,
+    Health,
+    PrefillRequest,
+    Sampling,
+    ScoreRequest,
+)
 from persona.errors import AdapterError, RequestError
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -53,6 +63,22 @@ async def test_a_reply_that_ignores_the_end_of_text_reaches_its_limit(house: Hou
 async def test_equal_requests_get_equal_greedy_replies(house: House) -> None:
     first, second = (await reply(house), await reply(house))
     assert "".join(c.text for c in first) == "".join(c.text for c in second) != ""
+
+
+async def test_what_is_prefilled_changes_no_reply(house: House) -> None:
+    ref = house.ref(user := house.user())
+    request = GenerateRequest([*PROMPT * 20, 7], Sampling(max_tokens=6), ref, user)
+    before = [chunk.text async for chunk in house.engine.generate(request)]
+    await house.engine.prefill(PrefillRequest(PROMPT * 20, ref, user))
+    assert [chunk.text async for chunk in house.engine.generate(request)] == before
+
+
+async def test_a_corrupt_version_prefills_nothing(house: House) -> None:
+    ref = house.ref(user := house.user())
+    file = Path(ref.path) / adapter_file.FILE
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(AdapterError):
+        await house.engine.prefill(PrefillRequest(PROMPT, ref, user))
 
 
 async def test_many_replies_run_at_once_and_each_ends(house: House) -> None:

@@ -156,6 +156,54 @@ def test_a_flip_and_a_drop_leave_nothing_of_what_was(bench: Bench, tmp_path: Pat
     assert bench.scheduler.pool.free == bench.scheduler.pool.total
 
 
+def ahead(bench: Bench, tokens: list[int], ref: AdapterRef, user: int = 7) -> int:
+    return bench.ask(lambda job: protocol.Prefill(job, protocol.PrefillRequest(tokens, ref, user)))
+
+
+def test_what_a_staged_version_was_given_beforehand_is_there_after_the_flip(bench: Bench, tmp_path: Path) -> None:
+    new = adapters.sparse(tmp_path, bench.shape, bench.prepared.base, user=7, number=2)
+    talk = some_tokens(50, seed=1)
+    expected = bench.alone([*talk, 5, 6], new)
+    bench.ask(lambda job: protocol.Stage(job, new))
+    job = ahead(bench, talk, new)
+    bench.finish()
+    assert bench.answers[job] == [protocol.Done(job)]
+    bench.ask(lambda job: protocol.Flip(job, new))
+    assert bench.alone([*talk, 5, 6], new, user=7) == expected
+    assert health(bench) == (50 + 52, 48)
+    assert bench.alone([*talk, 5, 6], new, user=8) == expected  # and nobody else finds it
+    assert health(bench) == (50 + 52 + 52, 48)
+
+
+def test_what_is_computed_for_later_waits_until_nobody_waits(bench: Bench, tmp_path: Path) -> None:
+    ref = adapters.sparse(tmp_path, bench.shape, bench.prepared.base, user=7)
+    reply = bench.generate(some_tokens(9), count=30)
+    bench.work(2)
+    job = ahead(bench, some_tokens(100, seed=1), ref)
+    while not bench.end(reply):
+        bench.work(1)
+        assert job not in bench.answers
+        assert bench.health().cached_pages == 0
+    newcomer = bench.generate(some_tokens(9), count=2)
+    bench.work(2)
+    assert bench.end(newcomer) == "length"
+    bench.finish()
+    assert bench.answers[job] == [protocol.Done(job)]
+
+
+def test_what_is_computed_for_later_may_be_given_up_at_any_moment(bench: Bench, tmp_path: Path) -> None:
+    ref = adapters.sparse(tmp_path, bench.shape, bench.prepared.base, user=7)
+    talk = some_tokens(200, seed=1)
+    job = ahead(bench, talk, ref)
+    bench.work(2)
+    bench.ask(lambda _: protocol.Abort(job))
+    bench.finish()
+    bench.loop.check()
+    assert [type(answer) for answer in bench.answers[job]] == [protocol.Failed]
+    kept = bench.health().cached_pages
+    assert 0 < kept < 200 // 8  # what was computed stays
+
+
 def test_cached_beginnings_give_way_to_a_request_that_needs_their_pages(models: Models) -> None:
     bench = Bench(models, pages=12)
     for user in range(1, 6):

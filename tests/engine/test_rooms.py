@@ -76,6 +76,18 @@ class Rooms(RuleBasedStateMachine):
         self.here.append(one)
         self.rooms.add(one)
 
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=30), owner=st.sampled_from(OWNERS))
+    def compute_ahead(self, prompt: list[int], owner: Owner) -> None:
+        """The beginning of a prompt that is to come."""
+        if not self.rooms.fits(len(prompt)):
+            return
+        self.count += 1
+        one = Sequence(self.count, list(prompt), len(prompt), len(prompt), background=True, silent=True)
+        one.owner = self.owners[one.id] = owner
+        one.adapter, one.user_id = owner.adapter, owner.user_id
+        self.here.append(one)
+        self.rooms.add(one)
+
     @rule()
     def step(self) -> None:
         self._step()
@@ -90,6 +102,7 @@ class Rooms(RuleBasedStateMachine):
             assert one.adapter is not None
             assert self.rooms.pool.needed(one.limit) + self.sizes[one.adapter] > self.rooms.pool.total
             self.here.remove(one)
+        assert len(members) == 1 or not any(one.silent for one in members), "nobody waits for what is computed ahead"
         for one in members:
             self._computes_with_its_adapter(one)
         for one in plan.decode:

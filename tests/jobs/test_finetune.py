@@ -12,10 +12,10 @@ from histories import own
 from structlog.testing import capture_logs
 from world import Tell, World
 
-from persona.domain import EntryId, Frame, Message, Role, RunState, User, VersionState
+from persona.domain import EntryId, Frame, Message, Role, RunState, User, Version, VersionState
 from persona.engine.protocol import AdapterRef, Progress, ScoreRequest, TrainRequest, ref
 from persona.engine.scripted import ScriptedEngine
-from persona.errors import AdapterError, EngineDown, NotFound, StorageFull, TrainingFailed
+from persona.errors import AdapterError, Busy, EngineDown, NotFound, StorageFull, TrainingFailed
 
 
 async def test_a_run_ends_with_a_serving_version(world: World, ann: User, tell: Tell) -> None:
@@ -269,6 +269,39 @@ async def test_an_engine_that_misses_the_flip_does_not_undo_it(world: World, ann
     active = await world.adapters.active(ann.id)
     assert active is not None
     assert active.number == 1
+
+
+async def test_live_conversations_are_read_after_the_gate_and_before_the_version_serves(
+    world: World, ann: User, tell: Tell
+) -> None:
+    await tell(40)
+    finetune, seen = world.finetune(), list[tuple[int, bool, bool]]()
+
+    async def warm(user: User, version: Version) -> None:
+        active = await world.adapters.active(user.id)
+        seen.append((version.number, bool(world.engine.scored), active is not None))
+
+    finetune.warm = warm
+    assert (await finetune.run(await world.runs.request(ann.id, world.clock()))).state is RunState.KEPT
+    assert seen == [(1, True, False)]
+
+
+@pytest.mark.parametrize("trouble", [Busy("There is no room.", retry_after=1), None])
+async def test_a_version_serves_though_conversations_could_not_be_read(
+    world: World, ann: User, tell: Tell, trouble: Busy | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await tell(40)
+    monkeypatch.setattr("jobs.finetune.WARM_SECONDS", 0.05)
+    finetune = world.finetune()
+
+    async def warm(user: User, version: Version) -> None:
+        if trouble:
+            raise trouble
+        await asyncio.sleep(60)
+
+    finetune.warm = warm
+    assert (await finetune.run(await world.runs.request(ann.id, world.clock()))).state is RunState.KEPT
+    assert await world.adapters.active(ann.id) is not None
 
 
 # The world moves on while it trains
