@@ -98,7 +98,7 @@ def _device(settings: Settings) -> Iterator[Finding]:
 
 
 def _compiled(settings: Settings) -> Finding:
-    """Whether the engine can compile its decode step for this CPU; it does without if not."""
+    """Whether the engine can compile its step for this CPU; it does without if not."""
     slower = "plain torch, and replies take about twice as long"
     if not settings.engine.native:
         return Finding("kernels", State.OK, f"{slower}: engine.native is off")

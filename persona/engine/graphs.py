@@ -42,8 +42,6 @@ def recorded(work: Work) -> tuple[Callable[[], None], torch.Tensor]:
 class DecodeGraphs:
     """The recordings of one decoder and one cache, whose last page is the scratch page."""
 
-    beside_prompts = False  # rows of a step with prompts share the base's products
-
     def __init__(
         self, decoder: Decoder, cache: KvCache, layout: Layout, kernels: Kernels, record: Record = recorded
     ) -> None:

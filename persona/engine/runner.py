@@ -19,7 +19,7 @@ from persona.engine.buckets import Row
 from persona.engine.decoder import Decoder
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels.choice import kernels
-from persona.engine.kernels.native import NativeSteps
+from persona.engine.kernels.native import NativeSteps, Part
 from persona.engine.kernels.reference import DecodeRows
 from persona.engine.lora import Resident, StepAdapters
 from persona.engine.protocol import TokenLogprob
@@ -40,7 +40,7 @@ class Runner:
     """Runs plans on one decoder and one cache, with recordings of both if there are any."""
 
     def __init__(self, decoder: Decoder, cache: KvCache, whole: DecodeGraphs | NativeSteps | None = None) -> None:
-        """whole: what computes decode rows in one piece, where there is such a thing."""
+        """whole: what computes rows in one piece, where there is such a thing."""
         self._decoder, self._cache, self._whole = decoder, cache, whole
         self._adapters = self._no_adapters()
 
@@ -48,14 +48,7 @@ class Runner:
     def run(self, plan: Plan, adapters: dict[int, Resident | None]) -> Result:
         """`adapters`: by sequence id. Afterwards each sequence's `computed` has moved on."""
         decode = sorted(plan.decode, key=lambda s: _order(adapters[s.id]))
-        logits = self._whole_step(decode, plan.prefill, adapters)
-        if logits is None:
-            result = self._together(decode, plan.prefill, adapters)
-        elif plan.prefill:
-            beside = self._together([], plan.prefill, adapters)
-            result = Result(decode + beside.next, torch.cat([logits, beside.logits]), beside.scores)
-        else:
-            result = Result(decode, logits, [])
+        result = self._whole_step(decode, plan.prefill, adapters) or self._together(decode, plan.prefill, adapters)
         for sequence in decode:
             sequence.computed += 1
         for segment in plan.prefill:
@@ -65,7 +58,7 @@ class Runner:
     def forget(self) -> None:
         """Let go of the last step's adapters, which are kept for a next step with the same rows."""
         self._adapters = self._no_adapters()
-        if self._whole is not None:
+        if isinstance(self._whole, DecodeGraphs):
             self._whole.forget()
 
     def _no_adapters(self) -> StepAdapters:
@@ -73,12 +66,43 @@ class Runner:
 
     def _whole_step(
         self, decode: list[Sequence], prefill: list[Segment], adapters: dict[int, Resident | None]
-    ) -> torch.Tensor | None:
-        """Logits [rows, vocab] of the decode rows, if they can be computed in one piece."""
-        if self._whole is None or not decode or (prefill and not self._whole.beside_prompts):
+    ) -> Result | None:
+        """The step in one piece, where there is a way: all but scores as compiled code, or decode rows as a replay."""
+        match self._whole:
+            case NativeSteps():
+                return self._compiled(self._whole, decode, prefill, adapters)
+            case DecodeGraphs() if decode and not prefill:
+                rows = [Row(s.tokens[s.computed], s.computed, s.pages) for s in decode]
+                logits = self._whole.logits(rows, [adapters[s.id] for s in decode])
+                return None if logits is None else Result(decode, logits, [])
+        return None
+
+    def _compiled(
+        self,
+        steps: NativeSteps,
+        decode: list[Sequence],
+        prefill: list[Segment],
+        adapters: dict[int, Resident | None],
+    ) -> Result | None:
+        scored = [segment for segment in prefill if segment.sequence.targets]
+        others = [segment for segment in prefill if not segment.sequence.targets]
+        parts = [Part(s.tokens[s.computed : s.computed + 1], s.computed, s.pages, adapters[s.id], True) for s in decode]
+        following = list(decode)
+        for segment in others:
+            self._clear(segment)
+            sequence, tokens = segment.sequence, segment.sequence.tokens[segment.start : segment.end]
+            speaks = segment.end == sequence.prompt and not sequence.silent
+            parts.append(Part(tokens, segment.start, sequence.pages, adapters[sequence.id], speaks))
+            following += [sequence] * speaks
+        logits = steps.logits(parts) if parts else torch.empty(0, self._decoder.shape.vocab)
+        if logits is None:
             return None
-        rows = [Row(s.tokens[s.computed], s.computed, s.pages) for s in decode]
-        return self._whole.logits(rows, [adapters[s.id] for s in decode])
+        return Result(following, logits, self._together([], scored, adapters).scores if scored else [])
+
+    def _clear(self, segment: Segment) -> None:
+        """Before its sequence's first step: pages that it does not share."""
+        if segment.start == (sequence := segment.sequence).cached:
+            self._cache.clear(sequence.pages[sequence.cached // self._cache.size :])
 
     def _together(self, decode: list[Sequence], prefill: list[Segment], adapters: dict[int, Resident | None]) -> Result:
         """All rows layer by layer: they share the base's products."""
@@ -95,8 +119,7 @@ class Runner:
         prompts, segments = [], []
         for segment in prefill:
             start, sequence = len(tokens), segment.sequence
-            if segment.start == sequence.cached:
-                self._cache.clear(sequence.pages[sequence.cached // self._cache.size :])
+            self._clear(segment)
             tokens += sequence.tokens[segment.start : segment.end]
             positions += range(segment.start, segment.end)
             slots += [self._slot(sequence, t) for t in range(segment.start, segment.end)]

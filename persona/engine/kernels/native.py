@@ -1,6 +1,6 @@
-"""The decode step compiled for this CPU (decode.c): built once with the machine's C compiler, kept in the cache folder.
+"""A step compiled for this CPU (step.c): built once with the machine's C compiler, kept in the cache folder.
 
-Nothing here is needed: without a compiler, on another system or for a network that decode.c does not know, steps run in
+Nothing here is needed: without a compiler, on another system or for a network that step.c does not know, steps run in
 plain torch. OpenMP is that of torch, so both share one set of threads.
 """
 
@@ -10,20 +10,21 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 import torch
 
 from persona.engine import device
 from persona.engine.attention import KvCache
-from persona.engine.buckets import Row
 from persona.engine.decoder import Decoder
 from persona.engine.lora import Resident
 from persona.engine.shape import TARGETS
 from persona.engine.weights import Int4, Projection, block
 
-SOURCE = Path(__file__).with_name("decode.c")
+SOURCE = Path(__file__).with_name("step.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 SECONDS = 120  # for the compiler
 
@@ -55,14 +56,28 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, _Int) for name in ("rows", "width")),
-        *((name, _Pointer) for name in ("tokens", "positions", "pages", "tables", "logits", "scratch")),
+        *((name, _Int) for name in ("rows", "sequences", "width", "spoken")),
+        *((name, _Pointer) for name in ("tokens", "positions", "sequence", "pages", "tables")),
+        *((name, _Pointer) for name in ("speakers", "logits", "scratch")),
         ("threads", _Int),
     ]
 
 
+class Part(NamedTuple):
+    """Neighbouring tokens of one sequence: all before the first are in the cache.
+
+    pages: of the sequence, from its beginning · speaks: whether the logits behind the last token are wanted.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    adapter: Resident | None
+    speaks: bool
+
+
 def library(folder: Path, cell: torch.dtype, *flags: str) -> Path | None:
-    """decode.c compiled for this machine, in `folder`; None where that cannot be done.
+    """step.c compiled for this machine, in `folder`; None where that cannot be done.
 
     cell: type of a value in the cache and in adapters, fp32 or bf16 · flags: more of the compiler's.
     """
@@ -70,7 +85,7 @@ def library(folder: Path, cell: torch.dtype, *flags: str) -> Path | None:
     if command is None or platform.system() != "Linux":
         return None
     options = [*FLAGS, *flags, f"-DBLOCK={block()}", f"-DCELL_BYTES={cell.itemsize}"]
-    made = folder / f"decode-{_fingerprint(command, options)}.so"
+    made = folder / f"step-{_fingerprint(command, options)}.so"
     if made.exists():
         return made
     try:
@@ -81,7 +96,7 @@ def library(folder: Path, cell: torch.dtype, *flags: str) -> Path | None:
             subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SECONDS)
             out.replace(made)
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("replies are slower: decode.c was not compiled", reason=_reason(error))
+        log.warning("replies are slower: step.c was not compiled", reason=_reason(error))
         return None
     return made
 
@@ -101,9 +116,7 @@ def _reason(error: Exception) -> str:
 
 
 class NativeSteps:
-    """Decode steps of one decoder and one cache."""
-
-    beside_prompts = True  # rows of a step with prompts are computed apart: quicker, and always the same
+    """Steps of one decoder and one cache."""
 
     def __init__(self, path: Path, decoder: Decoder, cache: KvCache, context: int) -> None:
         """context: tokens of a sequence at most."""
@@ -123,27 +136,32 @@ class NativeSteps:
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, shape.vocab)
 
-    def logits(self, rows: Sequence[Row], adapters: Sequence[Resident | None]) -> torch.Tensor | None:
-        """The step of these rows: [rows, vocab] fp32, which the next step overwrites. None: an adapter is too wide."""
-        width = max(row.position // self._cache.size + 1 for row in rows)
-        integers = torch.tensor([[row.token, row.position] for row in rows]).t().contiguous()
-        pages = torch.tensor([(row.pages[:width] + [0] * width)[:width] for row in rows])
-        tables = (_Pointer * len(rows))(*(None if one is None else _table(one) for one in adapters))
+    def logits(self, parts: Sequence[Part]) -> torch.Tensor | None:
+        """Those of the parts that speak: [parts, vocab] fp32, which the next step overwrites. None: an adapter is too
+        wide, and nothing was done."""
+        width = max(-(-(part.start + len(part.tokens)) // self._cache.size) for part in parts)
+        rows = [
+            (token, position, number)
+            for number, part in enumerate(parts)
+            for position, token in enumerate(part.tokens, part.start)
+        ]
+        ends = list(accumulate(len(part.tokens) for part in parts))
+        speakers = torch.tensor([end - 1 for end, part in zip(ends, parts, strict=True) if part.speaks])
+        integers = torch.tensor(rows).t().contiguous()
+        pages = torch.tensor([[*part.pages[:width], *[0] * (width - len(part.pages))] for part in parts])
+        tables = (_Pointer * len(parts))(*(None if part.adapter is None else _table(part.adapter) for part in parts))
         step = _Step(
-            len(rows), width, integers.data_ptr(), integers[1].data_ptr(), pages.data_ptr(), ctypes.addressof(tables),
-            threads=torch.get_num_threads(),
+            len(rows), len(parts), width, len(speakers), *(column.data_ptr() for column in integers),
+            pages.data_ptr(), ctypes.addressof(tables), speakers.data_ptr(), threads=torch.get_num_threads(),
         )  # fmt: skip
-        if len(rows) > len(self._logits):
-            self._logits = torch.empty(len(rows), self._decoder.shape.vocab)
+        if len(speakers) > len(self._logits):
+            self._logits = torch.empty(len(speakers), self._decoder.shape.vocab)
         needed = self._code.scratch_bytes(ctypes.byref(self._model), ctypes.byref(step))
         if needed > len(self._scratch):
             self._scratch = torch.empty(needed, dtype=torch.uint8)
         step.logits, step.scratch = self._logits.data_ptr(), self._scratch.data_ptr()
-        failed = self._code.decode(ctypes.byref(self._model), ctypes.byref(step))
-        return None if failed else self._logits[: len(rows)]
-
-    def forget(self) -> None:
-        """Nothing of a step is kept."""
+        failed = self._code.run(ctypes.byref(self._model), ctypes.byref(step))
+        return None if failed else self._logits[: len(speakers)]
 
     def _layer(self, decoder: Decoder, index: int) -> _Layer:
         layer = decoder.layers[index]
@@ -171,13 +189,13 @@ def _table(adapter: Resident) -> int:
 
 
 def steps(folder: Path, decoder: Decoder, cache: KvCache, context: int) -> NativeSteps | None:
-    """What computes decode rows in one piece, with code kept in `folder`; None where there is no such thing."""
+    """What computes rows in one piece, with code kept in `folder`; None where there is no such thing."""
     path = library(folder, decoder.dtype) if fits(decoder, cache) else None
     return None if path is None else NativeSteps(path, decoder, cache, context)
 
 
 def fits(decoder: Decoder, cache: KvCache) -> bool:
-    """Whether decode.c knows such a network: int4, and sizes that fill vectors."""
+    """Whether step.c knows such a network: int4, and sizes that fill vectors."""
     shape = decoder.shape
     sizes = (shape.hidden, shape.heads * shape.head_dim, shape.intermediate)
     return (

@@ -1,4 +1,4 @@
-"""Decode steps by compiled code: the same as plain torch layer by layer, and the same whoever stands beside a row.
+"""Steps by compiled code: the same as plain torch layer by layer, and the same whoever stands beside a row.
 
 Plain torch computes in fp32 here, with the base's matrices written out. Tolerances are those of a logit, where logits
 spread by 1.4 or more: 1e-3 for code in fp32, and 0.1 where the CPU multiplies bf16, to which each product's input is
@@ -6,6 +6,7 @@ rounded.
 """
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ class World:
                 self.plain.run(Plan([], [Segment(self.sequences[-1], 0, length - 1)]), self.adapters)
             else:
                 self.cache.clear(mine)
+        self.free = pages
 
     def steps(self, *flags: str) -> NativeSteps:
         path = native.library(self.folder, self.decoder.dtype, *flags)
@@ -142,10 +144,33 @@ def test_threads_change_nothing(models: Models) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_prompt_is_that_of_plain_torch_in_pieces_of_any_length(models: Models, way: str) -> None:
+    world = World(models, "llama")
+    drawn = random.Random(9)
+    tokens = [drawn.randrange(3, world.decoder.shape.vocab) for _ in range(90)]
+    pages, adapters = world.free[:6], dict.fromkeys(range(8), world.adapters[2])
+
+    def prompt(steps: NativeSteps | None, *ends: int) -> torch.Tensor:
+        sequence = Sequence(1, tokens, 90, CONTEXT, pages=pages)
+        for start, end in pairwise([0, *ends]):
+            result = Runner(world.decoder, world.cache, steps).run(Plan([], [Segment(sequence, start, end)]), adapters)
+            assert sequence.computed == end
+            assert len(result.logits) == (end == 90)
+        assert [s.id for s in result.next] == [1]
+        return result.logits[0].clone()
+
+    exact, steps = prompt(None, 90), world.steps(*WAYS[way])
+    whole = prompt(steps, 90)
+    tolerance = 0.1 if way == "this CPU" and torch.cpu._is_avx512_bf16_supported() else 1e-3
+    assert (whole - exact).abs().max() < tolerance
+    assert torch.equal(prompt(steps, 1, 17, 18, 64, 90), whole)
+
+
 def test_a_prompt_beside_them_changes_nothing_for_decode_rows(models: Models) -> None:
     world = World(models, "llama")
     alone = world.logits(world.steps(), [5, 6])
-    newcomer = Sequence(99, [7] * 20, 20, CONTEXT, pages=[60, 61])
+    newcomer = Sequence(99, [7] * 20, 20, CONTEXT, pages=world.free[:2])
     runner = Runner(world.decoder, world.cache, world.steps())
     plan = Plan([world.sequences[5], world.sequences[6]], [Segment(newcomer, 0, 20)])
     result = runner.run(plan, {**world.adapters, 99: None})
@@ -154,6 +179,19 @@ def test_a_prompt_beside_them_changes_nothing_for_decode_rows(models: Models) ->
     assert torch.equal(torch.stack([rows[5], rows[6]]), alone)
     assert [s.computed for s in plan.decode] == [len(s.tokens) for s in plan.decode]
     assert newcomer.computed == 20
+
+
+def test_a_score_is_told_beside_them_and_a_silent_prompt_says_nothing(models: Models) -> None:
+    world = World(models, "llama")
+    alone = world.logits(world.steps(), [5])
+    scored = Sequence(98, [7] * 20, 20, 20, targets=(3, 4), pages=world.free[:2])
+    silent = Sequence(99, [7] * 20, 20, 20, silent=True, pages=world.free[2:4])
+    plan = Plan([world.sequences[5]], [Segment(scored, 0, 20), Segment(silent, 0, 20)])
+    result = Runner(world.decoder, world.cache, world.steps()).run(plan, {**world.adapters, 98: None, 99: None})
+    assert [s.id for s in result.next] == [5]
+    assert torch.equal(result.logits, alone)
+    assert [(s.id, len(found)) for s, found in result.scores] == [(98, 2)]
+    assert (scored.computed, silent.computed) == (20, 20)
 
 
 def test_an_adapter_of_a_rank_that_it_does_not_know_is_left_to_torch(models: Models) -> None:
@@ -183,5 +221,5 @@ def test_code_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made = native.library(tmp_path, torch.float32)
     assert made is not None
     monkeypatch.setattr(native, "SECONDS", 0)  # no time to compile
-    monkeypatch.setattr(native, "_fingerprint", lambda *_: made.stem.removeprefix("decode-"))
+    monkeypatch.setattr(native, "_fingerprint", lambda *_: made.stem.removeprefix("step-"))
     assert native.library(tmp_path, torch.float32) == made

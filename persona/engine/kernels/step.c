@@ -1,4 +1,5 @@
-/* A decode step on the CPU, whole: from the rows' tokens to their logits, in one call, without an allocation.
+/* A step on the CPU, whole: from the rows' tokens to logits, in one call, without an allocation. Rows are the next token
+   of a reply or those of a piece of a prompt: both are computed alike.
 
    Compiled for the machine that it runs on by native.py, which also fills the structs below; the same sums as
    persona/engine/decoder.py in another order. Threads work side by side on rows or on blocks of outputs, and wait for
@@ -6,7 +7,8 @@
 
        rows     norm, sums of groups, A x of every row's adapter        | barrier
        blocks   int4 product of all rows, + B (A x), + residual         | barrier
-       items    rotary, keys and values into the cache, attention       | barrier
+       items    keys and values of all rows into the cache              | barrier
+       items    attention                                               | barrier
 
    What is computed of a row never depends on the rows beside it, nor on the number of threads: the order of every sum is
    the same. Nothing of a page behind a row's own length is read.
@@ -76,11 +78,12 @@ typedef struct {
 } model;
 
 typedef struct {
-    int64_t rows, width;
-    const int64_t *tokens, *positions; /* [rows] */
-    const int64_t *pages;              /* [rows, width] */
-    const int64_t *const *tables;      /* [rows]: of the row's adapter, [layers · 4, 3], or null */
-    float *logits;                     /* [rows, vocab] */
+    int64_t rows, sequences, width, spoken;
+    const int64_t *tokens, *positions, *sequence; /* [rows]; the rows of a sequence are neighbours in their order */
+    const int64_t *pages;                         /* [sequences, width] */
+    const int64_t *const *tables;                 /* [sequences]: of its adapter, [layers · 4, 3], or null */
+    const int64_t *speakers;                      /* [spoken]: rows whose logits are wanted */
+    float *logits;                                /* [spoken, vocab] */
     uint8_t *scratch;                  /* of scratch_bytes */
     int64_t threads;
 } step;
@@ -98,11 +101,14 @@ typedef struct {
 } state;
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static const int64_t *factor_of(const step *s, int64_t r, int64_t line) { /* address of A, of B, rank; or null */
+    const int64_t *table = s->tables[s->sequence[r]];
+    return table && table[line * 3 + 2] ? table + line * 3 : 0;
+}
 static int64_t stride_of(const model *m, const step *s) { return (s->width * m->size + 15) / 16 * 16; }
 
 static int64_t own_floats(const model *m, const step *s) {
-    int64_t group = m->heads / m->kv_heads;
-    int64_t attention = group * (stride_of(m, s) + m->dim) + m->dim;
+    int64_t attention = m->heads / m->kv_heads * (stride_of(m, s) + m->dim);
     return (most(attention, s->rows * BLOCK + GROUP * BLOCK) + 31) / 16 * 16;
 }
 
@@ -389,8 +395,8 @@ static void multiplied(
 #endif
             if (w->bias)
                 for (int64_t i = 0; i < count; i++) y[i] += w->bias[first + i];
-            const int64_t *factor = s->tables[r] ? s->tables[r] + line * 3 : 0;
-            if (factor && factor[2])
+            const int64_t *factor = factor_of(s, r, line);
+            if (factor)
                 add_low(y, a->low + r * MOST_RANK, (const cell *)factor[1] + first, factor[2], w->out, count);
             if (h)
                 for (int64_t i = 0; i < count; i++) h[r * m->hidden + first + i] += y[i];
@@ -404,8 +410,8 @@ static void multiplied(
 static void ready(const step *s, const state *a, int64_t r, int64_t line, int64_t in) {
     float *x = a->x + r * a->wide;
     narrowed(x, in, a->narrow + r * a->wide, a->sums + r * (a->wide / GROUP));
-    const int64_t *factor = s->tables[r] ? s->tables[r] + line * 3 : 0;
-    if (factor && factor[2]) lowered(x, (const cell *)factor[0], in, factor[2], a->low + r * MOST_RANK);
+    const int64_t *factor = factor_of(s, r, line);
+    if (factor) lowered(x, (const cell *)factor[0], in, factor[2], a->low + r * MOST_RANK);
 }
 
 /* — items: attention of one row and one key head — */
@@ -514,29 +520,37 @@ static float shares_of(float *scores, int64_t length) {
     return total(sum);
 }
 
+static cell *place_of(const model *m, const step *s, int64_t index, int64_t r, int64_t head, int64_t t) {
+    int64_t page = s->pages[s->sequence[r] * s->width + t / m->size];
+    return m->cache + (((page * m->layers + index) * 2 * m->size + t % m->size) * m->kv_heads + head) * m->dim;
+}
+
+/* Keys and values of row r into the cache. */
+static void stored(const model *m, const step *s, const state *a, int64_t index, int64_t r, int64_t head, float *own) {
+    int64_t dim = m->dim, at = s->positions[r];
+    const float *y = a->y + r * a->outs + (m->heads + head) * dim, *norm = m->layer[index].k_norm;
+    cell *to = place_of(m, s, index, r, head, at);
+    memcpy(own, y, dim * sizeof *own);
+    if (norm) normed(own, norm, dim, m->eps, own);
+    turned(own, m->cos + at * (dim / 2), m->sin + at * (dim / 2), dim / 2);
+    write_cells(to, own, dim);
+    write_cells(to + m->size * m->kv_heads * dim, y + m->kv_heads * dim, dim);
+}
+
+/* What row r reads of its sequence, for the query heads of one key head, into x. */
 static void attended(const model *m, const step *s, const state *a, int64_t index, int64_t r, int64_t head, float *own) {
     int64_t group = m->heads / m->kv_heads, dim = m->dim, length = s->positions[r] + 1, stride = stride_of(m, s);
-    const layer *l = m->layer + index;
-    const float *y = a->y + r * a->outs, *cos = m->cos + s->positions[r] * (dim / 2);
-    const float *sin = m->sin + s->positions[r] * (dim / 2);
-    float *scores = own, *q = own + group * stride, *k = q + group * dim;
-    memcpy(q, y + head * group * dim, group * dim * sizeof *q);
-    memcpy(k, y + (m->heads + head) * dim, dim * sizeof *k);
+    int64_t token = m->kv_heads * dim, half = m->size * token; /* cells from token to token, from keys to values */
+    const float *norm = m->layer[index].q_norm, *cos = m->cos + (length - 1) * (dim / 2);
+    const float *sin = m->sin + (length - 1) * (dim / 2);
+    float *scores = own, *q = own + group * stride;
+#define PAGE(n) place_of(m, s, index, r, head, (n) * m->size)
+    for (int64_t t = 0; t < length && t < m->size; t++) awaited(PAGE(0) + t * token, dim);
+    memcpy(q, a->y + r * a->outs + head * group * dim, group * dim * sizeof *q);
     for (int64_t g = 0; g < group; g++) {
-        if (l->q_norm) normed(q + g * dim, l->q_norm, dim, m->eps, q + g * dim);
+        if (norm) normed(q + g * dim, norm, dim, m->eps, q + g * dim);
         turned(q + g * dim, cos, sin, dim / 2);
     }
-    if (l->k_norm) normed(k, l->k_norm, dim, m->eps, k);
-    turned(k, cos, sin, dim / 2);
-
-    const int64_t *pages = s->pages + r * s->width;
-    int64_t token = m->kv_heads * dim, half = m->size * token; /* cells from token to token, from keys to values */
-#define PAGE(n) (m->cache + (pages[n] * m->layers + index) * 2 * half + head * dim)
-    cell *last = PAGE((length - 1) / m->size) + (length - 1) % m->size * token;
-    for (int64_t t = 0; t < length && t < m->size; t++) awaited(PAGE(0) + t * token, dim);
-    write_cells(last, k, dim);
-    write_cells(last + half, y + (m->heads + m->kv_heads + head) * dim, dim);
-
     float scale = 1 / sqrtf(dim), *to = a->x + r * a->wide + head * group * dim;
     for (int64_t g = 0; g < group; g += 4) {
         int64_t heads = group - g < 4 ? group - g : 4;
@@ -575,7 +589,7 @@ static void attended(const model *m, const step *s, const state *a, int64_t inde
 
 static inline __attribute__((always_inline)) void voiced(
     const int rows, const int words, const model *m, const step *s, const state *a, int64_t row, int64_t word) {
-    v16 sum[4][8];
+    v16 sum[4][8]; /* of rows row… of those that speak, which stand first now */
     const uint16_t *head = m->head + word * m->hidden;
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < words; w++) sum[r][w] = all(0);
@@ -600,30 +614,30 @@ static inline __attribute__((always_inline)) void voiced(
         for (int w = 0; w < words; w++) s->logits[(row + r) * m->vocab + word + w] = total(sum[r][w]);
 }
 
-static void spoken(const model *m, const state *a, int64_t r) { /* what the head multiplies, of row r */
-    float *x = a->x + r * a->wide;
-    normed(a->h + r * m->hidden, m->norm, m->hidden, m->eps, x);
-    narrowed(x, m->hidden, a->narrow + r * a->wide, a->sums + r * (a->wide / GROUP));
+static void spoken(const model *m, const step *s, const state *a, int64_t n) { /* what the head multiplies, n-th of all */
+    float *x = a->x + n * a->wide;
+    normed(a->h + s->speakers[n] * m->hidden, m->norm, m->hidden, m->eps, x);
+    narrowed(x, m->hidden, a->narrow + n * a->wide, a->sums + n * (a->wide / GROUP));
 }
 
 static void voice(const model *m, const step *s, const state *a, int64_t word, int64_t last) {
     for (; word < last; word += 8) {
         int64_t row = 0, words = last - word;
-        for (; words >= 8 && row + 4 <= s->rows; row += 4) {
+        for (; words >= 8 && row + 4 <= s->spoken; row += 4) {
             voiced(4, 4, m, s, a, row, word);
             voiced(4, 4, m, s, a, row, word + 4);
         }
-        for (; row < s->rows; row++)
+        for (; row < s->spoken; row++)
             if (words >= 8) voiced(1, 8, m, s, a, row, word);
             else for (int64_t w = 0; w < words; w++) voiced(1, 1, m, s, a, row, word + w);
     }
 }
 
 /* Returns 0, or 1 without having done anything if an adapter's rank is too large. */
-int decode(const model *m, const step *s) {
-    for (int64_t r = 0; r < s->rows; r++)
-        for (int64_t line = 0; s->tables[r] && line < m->layers * 4; line++)
-            if (s->tables[r][line * 3 + 2] > MOST_RANK) return 1;
+int run(const model *m, const step *s) {
+    for (int64_t n = 0; n < s->sequences; n++)
+        for (int64_t line = 0; s->tables[n] && line < m->layers * 4; line++)
+            if (s->tables[n][line * 3 + 2] > MOST_RANK) return 1;
     state a;
     laid_out(m, s, &a);
 #pragma omp parallel num_threads(s->threads)
@@ -647,6 +661,9 @@ int decode(const model *m, const step *s) {
             }
 #pragma omp barrier
             multiplied(m, s, &a, &l->qkv, 4 * index, 0, thread, threads);
+#pragma omp barrier
+            for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++)
+                stored(m, s, &a, index, i / m->kv_heads, i % m->kv_heads, own);
 #pragma omp barrier
             for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++)
                 attended(m, s, &a, index, i / m->kv_heads, i % m->kv_heads, own);
@@ -675,7 +692,7 @@ int decode(const model *m, const step *s) {
             multiplied(m, s, &a, &l->down, 4 * index + 3, a.h, thread, threads);
 #pragma omp barrier
         }
-        for (int64_t r = from; r < to; r++) spoken(m, &a, r);
+        for (int64_t n = s->spoken * thread / threads; n < s->spoken * (thread + 1) / threads; n++) spoken(m, s, &a, n);
 #pragma omp barrier
         voice(m, s, &a, m->vocab * thread / threads, m->vocab * (thread + 1) / threads);
     }
