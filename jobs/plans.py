@@ -19,6 +19,7 @@ def plan(learning: Learning, passes: int) -> Plan:
         layers=learning.layers,
         passes=passes,
         batch_tokens=learning.batch_tokens,
+        least_steps=learning.least_steps,
         slice_tokens=learning.slice_tokens,
         learning_rate=learning.learning_rate,
         max_tokens=learning.max_run_tokens,

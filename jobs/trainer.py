@@ -34,6 +34,7 @@ from persona.errors import TrainingFailed
 
 MAX_SKIPPED = 3  # optimizer steps with a non-finite gradient before the run is given up
 EXPLODED = 3.0  # times the first step's loss
+SMALLEST = 40  # targets of an optimizer step, however few a run has
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,18 @@ def packs(examples: list[Example], size: int) -> list[Pack]:
     ]
 
 
-def batches(examples: list[Example], plan: Plan) -> list[list[Pack]]:
-    """One pass in its order: optimizer steps of at most `plan.batch_tokens` targets each, in packs."""
+def step_targets(examples: list[Example], plan: Plan) -> int:
+    """Targets of an optimizer step: at most `plan.batch_tokens`, and so few that there are `plan.least_steps` steps."""
+    if not plan.least_steps:
+        return plan.batch_tokens
+    tokens = plan.passes * sum(len(e.tokens) for e in examples if not e.distil)
+    share = min(1.0, plan.max_tokens / tokens) if plan.max_tokens and tokens else 1.0
+    targets = share * plan.passes * sum(len(e.targets) for e in examples)
+    return min(plan.batch_tokens, max(SMALLEST, int(targets / plan.least_steps)))
+
+
+def batches(examples: list[Example], plan: Plan, targets: int) -> list[list[Pack]]:
+    """One pass in its order: optimizer steps of at most so many `targets` each, in packs."""
     steps: list[list[Example]] = []
     room = 0
     for example in examples:
@@ -76,7 +87,7 @@ def batches(examples: list[Example], plan: Plan) -> list[list[Pack]]:
             continue
         if len(example.targets) > room:
             steps.append([])
-            room = plan.batch_tokens
+            room = targets
         steps[-1].append(example)
         room -= len(example.targets)
     apart = ([[e for e in step if e.distil is kind] for kind in (False, True)] for step in steps)
@@ -172,10 +183,10 @@ class Trainer:
         """All passes: the examples in a new order each time, from a fixed seed."""
         random = torch.Generator().manual_seed(self._plan.seed)
         made: list[list[Pack]] = []
-        budget = self._plan.max_tokens or math.inf
+        budget, targets = self._plan.max_tokens or math.inf, step_targets(examples, self._plan)
         for _ in range(self._plan.passes):
             order = _even(torch.randperm(len(examples), generator=random).tolist(), lambda i: examples[i].distil)
-            for batch in batches([examples[i] for i in order], self._plan):
+            for batch in batches([examples[i] for i in order], self._plan, targets):
                 if (budget := budget - sum(p.tokens for p in batch if not p.distil)) < 0:
                     return made
                 made.append(batch)

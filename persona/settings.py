@@ -126,7 +126,12 @@ class Learning(Section):
     passes: int = Field(2, ge=1, description="times the examples are seen in one run")
     learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
     prior: str = Field("", description="folder of an adapter from which users start (persona prior train); empty: none")
-    batch_tokens: int = Field(160, ge=16, description="own tokens per optimizer step")
+    batch_tokens: int = Field(160, ge=16, description="own tokens per optimizer step, at most")
+    least_steps: int = Field(
+        64,
+        ge=0,
+        description="optimizer steps that a run has: where there is little to learn, each has fewer own tokens",
+    )
     slice_tokens: int = Field(256, ge=16, description="tokens per training slice: bounds the gap in serving")
     keep_probability: float = Field(0.8, ge=0.5, le=1, description="P(better) at which the gate keeps a version")
     rehearsal: float = Field(

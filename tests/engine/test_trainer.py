@@ -13,7 +13,7 @@ from plain import Whole, some_tokens
 from workbench import Bench, projections
 
 from jobs.sparse import SparseAdapter
-from jobs.trainer import Trainer, batches, packs
+from jobs.trainer import Trainer, batches, packs, step_targets
 from persona.engine import adapter_file, protocol
 from persona.engine.adapter_file import FILE
 from persona.engine.branches import HEAD_ROWS
@@ -355,10 +355,31 @@ def test_packs_hold_at_most_a_slice_and_no_example_is_lost() -> None:
 
 def test_a_step_has_at_most_so_many_targets_and_no_example_is_lost() -> None:
     examples = [example(length, seed) for seed, length in enumerate((30, 30, 5, 64, 65, 10, 100, 1, 54))]
-    made = batches(examples, plan(batch_tokens=70))
+    made = batches(examples, plan(), 70)
     steps = [[e for pack in step for e in pack.examples] for step in made]
     assert [e for step in steps for e in step] == [e for e in examples if e.targets]
     assert all(sum(len(e.targets) for e in step) <= 70 or len(step) == 1 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("examples", "changes", "targets"),
+    [
+        (100, {}, 144),  # 2 · 100 · 23 targets in 32 steps
+        (100, {"least_steps": 0}, 200),
+        (1000, {}, 200),  # there are more steps than that anyway
+        (10, {}, 40),  # no step is smaller
+        (100, {"max_tokens": 2400}, 72),  # the budget ends the run in half of the first pass, and of its steps
+    ],
+)
+def test_a_run_with_few_targets_has_smaller_steps(examples: int, changes: dict[str, int], targets: int) -> None:
+    wanted = plan(**{"batch_tokens": 200, "least_steps": 32, "passes": 2} | changes)
+    assert step_targets([example(24, seed) for seed in range(examples)], wanted) == pytest.approx(targets, abs=1)
+
+
+def test_a_small_run_has_the_steps_that_it_should_have(models: Models, tmp_path: Path) -> None:
+    made = request(tmp_path, learnable(100), batch_tokens=200, least_steps=32)
+    trainer = Trainer(models.decoder(), models.prepared().base, made, None)
+    assert 32 <= len(trainer._batches) <= 40
 
 
 def test_the_budget_of_tokens_ends_the_passes(models: Models, tmp_path: Path) -> None:
