@@ -7,19 +7,17 @@ Nothing here blocks, and nothing that fails in one request or in training reache
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import structlog
-import torch
 
-from persona.engine import logprobs, protocol, sampler, slices
+from persona.engine import protocol, reply, slices
 from persona.engine.awaiting import Awaiting, Errand
 from persona.engine.grammar import Grammar, Grammars
-from persona.engine.logprobs import Margin
 from persona.engine.lora import Resident
 from persona.engine.prefix import Owner
 from persona.engine.protocol import (
@@ -34,6 +32,7 @@ from persona.engine.protocol import (
     TokenLogprob,
 )
 from persona.engine.refusals import crowded, failed, trouble
+from persona.engine.reply import Generation
 from persona.engine.runner import Result, Runner
 from persona.engine.sampler import Sampler
 from persona.engine.scheduler import Plan, Scheduler, Sequence
@@ -62,19 +61,6 @@ class Base(Protocol):
 
 
 @dataclass(slots=True)
-class _Generation:
-    """A reply in the making."""
-
-    sequence: Sequence
-    sampler: Sampler
-    words: Detokenizer
-    stops: Stops
-    margin: Margin
-    since: float = 0.0  # when it came, by the clock
-    generated: int = 0
-
-
-@dataclass(slots=True)
 class _Score:
     """Log-probabilities in the making."""
 
@@ -90,7 +76,7 @@ class _Ahead:
     sequence: Sequence
 
 
-Job = _Generation | _Score | _Ahead
+Job = Generation | _Score | _Ahead
 
 
 class EngineLoop:
@@ -218,12 +204,11 @@ class EngineLoop:
         self._admit(sequence, request, grammar.result())
 
     def _admit(self, sequence: Sequence, request: protocol.GenerateRequest, grammar: Grammar | None = None) -> None:
-        self._jobs[sequence.id] = _Generation(
+        self._jobs[sequence.id] = Generation(
             sequence,
             Sampler(request.sampling, request.tokens, grammar),
             Detokenizer(self._text),
             Stops(request.sampling.stop),
-            Margin(),
             self._clock(),
         )
         self._scheduler.add(sequence)
@@ -249,7 +234,7 @@ class EngineLoop:
         self._looked = now
         for sequence in [s for s in self._scheduler.sequences() if not s.pages and not s.background]:
             job = self._jobs[sequence.id]
-            if isinstance(job, _Generation) and now - job.since > self._patience:
+            if isinstance(job, Generation) and now - job.since > self._patience:
                 self._remove(sequence.id)
                 self._fail(sequence.id, crowded(self._pace.wait(self._scheduler.waiting)))
 
@@ -424,8 +409,8 @@ class EngineLoop:
             return
         finite = result.logits.amax(-1).isfinite().tolist()
         jobs = [self._jobs[s.id] for s in result.next]
-        samplers = [job.sampler for job in jobs if isinstance(job, _Generation)]
-        drawn = _drawn(result.logits.nan_to_num(), samplers, self._eos)
+        samplers = [job.sampler for job in jobs if isinstance(job, Generation)]
+        drawn = reply.drawn(result.logits.nan_to_num(), samplers, self._eos)
         for sequence, (token, told), sound in zip(result.next, drawn, finite, strict=True):
             if sound:
                 self._extend(sequence.id, token, told)
@@ -442,43 +427,22 @@ class EngineLoop:
 
     def _extend(self, job: int, token: int, told: TokenLogprob | None) -> None:
         generation = self._jobs[job]
-        assert isinstance(generation, _Generation)
-        grammar = generation.sampler.grammar
-        if grammar is not None and grammar.lost:
-            self._finish(job, "error", "The schema became too complex on the way; make it simpler.")
-            return
-        generation.generated += 1
-        self._tokens += 1
-        if token in self._eos:
-            self._finish(job, "stop")
-            return
-        generation.sequence.tokens.append(token)
-        written = generation.words.add(token)
-        generation.margin.add(told, len(written))
-        shown, stopped = generation.stops.feed(written)
-        if stopped:
-            self._finish(job, "stop", shown=shown, cut=True)
-        elif grammar is not None and grammar.ended:
-            self._finish(job, "stop", shown=shown)
-        elif len(generation.sequence.tokens) >= generation.sequence.limit:
-            self._finish(job, "length", shown=shown)
-        elif shown:
-            beside = generation.margin.show(len(shown))
-            self._send(Piece(job, Chunk(shown, generation.generated, logprobs=beside)))
+        assert isinstance(generation, Generation)
+        before = generation.generated
+        chunk = generation.add(token, told, self._eos)
+        self._tokens += generation.generated - before
+        if chunk is not None:
+            if chunk.finish is not None:
+                self._remove(job)
+            self._send(Piece(job, chunk))
 
-    def _finish(self, job: int, finish: str, error: str | None = None, shown: str = "", *, cut: bool = False) -> None:
-        """End a job with its last answer. `shown`: the last text that is certain; a stop string has `cut` the rest."""
+    def _finish(self, job: int, finish: str, error: str | None = None) -> None:
+        """End a job with its last answer."""
         ended = self._remove(job)
-        if not isinstance(ended, _Generation):
+        if isinstance(ended, Generation):
+            self._send(Piece(job, ended.end(finish, error)))
+        else:
             self._fail(job, Busy(error or slices.ABORTED))
-            return
-        text, stopped = shown, cut
-        if not stopped:
-            tail, stopped = ended.stops.feed(ended.words.flush())
-            text += tail if stopped else tail + ended.stops.flush()
-            finish = "stop" if stopped and finish == "length" else finish
-        beside = ended.margin.show(len(text)) if stopped else ended.margin.rest()
-        self._send(Piece(job, Chunk(text, ended.generated, finish, error, beside, ended.sequence.cached)))
 
     def _remove(self, job: int) -> Job:
         ended = self._jobs.pop(job)
@@ -492,21 +456,6 @@ class EngineLoop:
 def _is_older(owner: Owner, ref: AdapterRef) -> bool:
     """Whether `owner` is another version of the same user; what was computed on the bare base stays."""
     return owner.user_id == ref.user_id and owner.adapter is not None and owner.adapter != ref
-
-
-def _drawn(
-    logits: torch.Tensor, samplers: list[Sampler], eos: Collection[int]
-) -> list[tuple[int, TokenLogprob | None]]:
-    """logits: [rows, vocab] → a token each and, where it was asked for, what is told of it."""
-    rows = [row for row, one in enumerate(samplers) if one.sampling.logprobs is not None]
-    plain = logits[rows] if rows else logits  # a copy: drawing changes logits
-    sampler.without(logits, [one.sampling.ignore_eos for one in samplers], eos)
-    tokens = sampler.draw(logits, samplers)
-    told: dict[int, TokenLogprob] = {}
-    if rows:
-        tops = [samplers[row].sampling.logprobs or 0 for row in rows]
-        told = dict(zip(rows, logprobs.of(plain, [tokens[row] for row in rows], tops), strict=True))
-    return [(token, told.get(row)) for row, token in enumerate(tokens)]
 
 
 def _check_targets(request: protocol.ScoreRequest) -> None:
