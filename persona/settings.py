@@ -135,7 +135,7 @@ class Learning(Section):
     slice_tokens: int = Field(256, ge=16, description="tokens per training slice: bounds the gap in serving")
     keep_probability: float = Field(0.8, ge=0.5, le=1, description="P(better) at which the gate keeps a version")
     rehearsal: float = Field(
-        0.5, ge=0, description="tokens of the base's own replies rehearsed for each own token, so that it still answers"
+        1.0, ge=0, description="tokens of the base's own replies rehearsed for each own token, so that it still answers"
     )
     max_drift: float = Field(0.01, ge=0, description="relative loss increase on the reference set that the gate allows")
     max_forgetting: float = Field(

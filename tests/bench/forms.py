@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--context", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rehearsal", type=float, default=0.5)
+    parser.add_argument("--rehearsal", type=float, default=1.0)
     asked = parser.parse_args()
     ground = Ground(Settings())
     some = people.read(asked.data, only=[name for name in asked.only.split(",") if name])
