@@ -4,7 +4,7 @@ Whatever a step needs beyond the base (cache, adapters, gradients) comes in as a
 and nothing survives the step. Equal to transformers' models of the same weights (tests/engine/test_decoder.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,8 +101,11 @@ class Decoder:
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """h: [rows, hidden] → [rows, vocab], fp32."""
         normed = F.rms_norm(h, self.norm.shape, self.norm, self.shape.eps)
+        if self.head.dtype == torch.float32:
+            return F.linear(normed, self.head)
         if self.device.type == "cpu":  # whose products of bf16 have a bf16 result
-            return F.linear(normed, self.head.float())
+            logits: torch.Tensor = _Widened.apply(normed, self.head)  # type: ignore[no-untyped-call]
+            return logits
         if torch.is_grad_enabled():  # the product with an fp32 result has no derivative
             return F.linear(normed.to(self.head.dtype), self.head).float()
         return torch.mm(normed.to(self.head.dtype), self.head.t(), out_dtype=torch.float32)
@@ -121,6 +124,34 @@ class Decoder:
 
     def _normed(self, h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(h, weight.shape, weight, self.shape.eps).to(self.dtype)
+
+
+class _Widened(torch.autograd.Function):
+    """x [rows, hidden] fp32 · a head in bf16 → logits in fp32. The head is written out in fp32 piece by piece, never
+    whole, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        ctx.head = head
+        logits = x.new_empty(len(x), len(head))
+        for start, piece in _pieces(head):
+            logits[:, start : start + len(piece)] = x @ piece.t()
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        x = gradient.new_zeros(len(gradient), ctx.head.shape[1])
+        for start, piece in _pieces(ctx.head):
+            x.addmm_(gradient[:, start : start + len(piece)], piece)
+        return x, None
+
+
+def _pieces(head: torch.Tensor, words: int = 4096) -> Iterator[tuple[int, torch.Tensor]]:
+    """fp32 rows of `head` from a word on; the next piece overwrites them."""
+    room = torch.empty(words, head.shape[1], device=head.device)
+    for start in range(0, len(head), words):
+        some = head[start : start + words]
+        yield start, room[: len(some)].copy_(some)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

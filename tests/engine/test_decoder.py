@@ -77,6 +77,24 @@ def test_a_tied_head_is_the_embedding_itself(models: Models, form: str) -> None:
     assert untied.nbytes() > tied.nbytes()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_head_held_in_bf16_gives_the_same_logits_and_gradients(models: Models, kind: str) -> None:
+    wide, narrow = models.decoder(kind), models.decoder(kind)
+    narrow.narrow()
+    assert narrow.head.dtype == torch.bfloat16
+    assert (narrow.head is narrow.embed) == narrow.shape.tied
+    assert narrow.nbytes() < wide.nbytes()
+    found = []
+    for ours in (wide, narrow):
+        x = torch.randn(7, ours.shape.hidden, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        logits = ours.logits(x)
+        logits.log_softmax(-1)[:, 5].sum().backward()
+        assert x.grad is not None
+        found.append((logits.detach(), x.grad))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-4)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
+
+
 def test_no_weight_of_the_base_asks_for_a_gradient(models: Models) -> None:
     ours = models.decoder("qwen3")
     assert not any(t.requires_grad for t in (ours.embed, ours.norm, ours.head))
