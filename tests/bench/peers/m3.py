@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import torch
 import transformers
 from peer import Peer, Setup, adapters, wording
@@ -28,10 +30,9 @@ from peer_servers import LlamaCpp, Vllm
 
 from jobs import plans
 from persona.engine import device, prepare
-from persona.engine.protocol import replace
 from persona.engine.text import Text
 from persona.settings import load
-from persona.workload import Range, Request, Workload, requests
+from persona.workload import Range, Workload, requests
 
 
 def report(**figures: object) -> None:
@@ -50,27 +51,28 @@ def checkpoint(cache: Path, folder: Path) -> tuple[Path, Path]:
     return gguf, out
 
 
-async def timed(peer: Peer, some: list[Request]) -> tuple[float, int]:
-    """Seconds and tokens of one round."""
+async def timed(peer: Peer, workload: Workload) -> tuple[float, int]:
+    """Seconds and tokens of one round, in which every user asks once."""
+    some = list(islice(requests(workload), workload.users))
     started = time.perf_counter()
-    made = await peer.run(some)
+    made = await peer.run(some, workload)
     seconds = time.perf_counter() - started
     assert sorted(made) == sorted(request.reply for request in some), "a reply has another length than was asked for"
     return seconds, sum(made)
 
 
 async def measure(peers: list[Peer], setup: Setup, rounds: int) -> dict[str, float]:
-    """Median seconds a peer, all of them in turn; the first request warms."""
-    some = list(islice(requests(setup.workload), setup.users))
+    """Median seconds a peer, all of them in turn. A round before them warms, and each asks something else: no cache
+    has seen it."""
     times: dict[str, list[float]] = {peer.name: [] for peer in peers}
     async with AsyncExitStack() as stack:
         for peer in peers:
             await peer.start(setup)
             stack.push_async_callback(peer.stop)
-            await peer.run(some[:1])
+            await timed(peer, setup.workload)
         for number in range(1, rounds + 1):
             for peer in peers:
-                seconds, tokens = await timed(peer, some)
+                seconds, tokens = await timed(peer, replace(setup.workload, seed=setup.workload.seed + number))
                 times[peer.name].append(seconds)
                 rate = round(tokens / seconds, 2)
                 report(peer=peer.name, round=number, seconds=round(seconds, 2), tokens=tokens, tokens_per_s=rate)
@@ -117,7 +119,7 @@ async def main() -> None:
     form = device.choose(settings.model).weights
     prepared = await asyncio.to_thread(prepare.fetch, prepare.EMBEDDED, settings.cache, form, lambda _, __: None)
     plan = plans.plan(settings.learning, 1)
-    plan = replace(plan, rank=options.rank or plan.rank)
+    plan = msgspec.structs.replace(plan, rank=options.rank or plan.rank)
     text = Text.load(prepared.folder)
     lengths = Range(options.prompt, options.prompt), Range(options.reply, options.reply)
     with tempfile.TemporaryDirectory(prefix="persona-peers-") as scratch:

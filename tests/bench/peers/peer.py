@@ -58,8 +58,8 @@ class Peer(Protocol):
         """Load base and adapters."""
         ...
 
-    async def run(self, requests: Sequence[Request]) -> list[int]:
-        """Answer all, as fast as it can: the number of tokens of each reply."""
+    async def run(self, requests: Sequence[Request], workload: Workload) -> list[int]:
+        """Answer all, which are the first of `workload`, as fast as it can: the number of tokens of each reply."""
         ...
 
     async def stop(self) -> None: ...

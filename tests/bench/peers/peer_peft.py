@@ -13,7 +13,7 @@ import transformers
 from peer import Setup
 
 from persona.engine import weights
-from persona.workload import Request
+from persona.workload import Request, Workload
 
 
 class Peft:
@@ -63,7 +63,7 @@ class PeftBatch(Peft):
 
     name = "peft-batch"
 
-    async def run(self, requests: Sequence[Request]) -> list[int]:
+    async def run(self, requests: Sequence[Request], workload: Workload) -> list[int]:
         return [len(reply) for reply in await asyncio.to_thread(self.replies, requests)]
 
     def replies(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -75,7 +75,7 @@ class PeftSwap(Peft):
 
     name = "peft-swap"
 
-    async def run(self, requests: Sequence[Request]) -> list[int]:
+    async def run(self, requests: Sequence[Request], workload: Workload) -> list[int]:
         return [len(reply) for reply in await asyncio.to_thread(self.replies, requests)]
 
     def replies(self, requests: Sequence[Request]) -> list[list[int]]:

@@ -7,7 +7,7 @@ from peer import Setup
 
 from persona.app_bench import populate, private_service
 from persona.cli_bench_client import Limit, Run, Target
-from persona.workload import Request
+from persona.workload import Request, Workload
 
 
 class Persona:
@@ -16,14 +16,14 @@ class Persona:
     name = "persona"
 
     async def start(self, setup: Setup) -> None:
-        self._stack, self._setup = AsyncExitStack(), setup
+        self._stack = AsyncExitStack()
         house = await self._stack.enter_async_context(private_service(setup.settings, setup.prepared))
         keys, _ = await populate(house, setup.users, [setup.plan.rank], lambda done: None)
         self._target = await self._stack.enter_async_context(Target.open(house.url, keys))
         self._wording = await self._target.wording("persona", setup.workload)
 
-    async def run(self, requests: Sequence[Request]) -> list[int]:
-        run = Run(self._target, "persona", self._wording, self._setup.workload, self._setup.users)
+    async def run(self, requests: Sequence[Request], workload: Workload) -> list[int]:
+        run = Run(self._target, "persona", self._wording, workload, workload.users)
         await run.go(Limit(requests=len(requests)))
         failures = {outcome.failure for outcome in run.found.outcomes} - {""}
         assert not failures, failures

@@ -1,4 +1,4 @@
-"""Peers that are servers of their own with OpenAI's API. Not run here: neither is installed on our machines yet."""
+"""Peers that are servers of their own with OpenAI's API: programs that the machine has to have."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 from peer import Setup, free_port
 
-from persona.workload import Request
+from persona.workload import Request, Workload
 
 _START = 600  # seconds that loading may take
 
@@ -19,7 +19,9 @@ class Server:
     async def start(self, setup: Setup) -> None:
         self._setup, self._url = setup, f"http://127.0.0.1:{(port := free_port())}"
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
-        self._process = await asyncio.create_subprocess_exec(*await self.command(port))
+        command = await self.command(port)
+        with (setup.folder / f"{type(self).__name__}.log").open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
         async with asyncio.timeout(_START):
             while not await self._healthy():
                 assert self._process.returncode is None, "the server ended while it was loading"
@@ -33,7 +35,7 @@ class Server:
         """What names the adapter of the request's user."""
         raise NotImplementedError
 
-    async def run(self, requests: Sequence[Request]) -> list[int]:
+    async def run(self, requests: Sequence[Request], workload: Workload) -> list[int]:
         return list(await asyncio.gather(*(self._ask(request) for request in requests)))
 
     async def stop(self) -> None:
@@ -62,7 +64,7 @@ class Server:
 
 
 class LlamaCpp(Server):
-    """llama.cpp's `llama-server` (tools/server/README.md). Not run here.
+    """llama.cpp's `llama-server` (tools/server/README.md).
 
     Adapters are converted by its `convert_lora_to_gguf.py`, loaded with --lora and switched off at the start; the field
     `lora` of a request switches one on. Requests with other adapters are not batched together: it serves them in turn.
