@@ -29,7 +29,7 @@ from persona.engine.protocol import ScoreRequest
 from persona.engine.scripted import ScriptedEngine, ScriptedText
 from persona.errors import PersonaError
 from persona.events import Delivery
-from persona.settings import load
+from persona.settings import Settings, load
 
 DATA = Path(__file__).parent / "data"
 
@@ -164,6 +164,17 @@ def test_doctor_says_whether_there_is_a_broker(monkeypatch: pytest.MonkeyPatch) 
     assert "mqtt.port" in broker_finding()["advice"]
     monkeypatch.setenv("PERSONA_MQTT__EMBEDDED", "true")
     assert broker_finding()["state"] == "ok"
+
+
+def test_doctor_says_whether_the_step_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings()
+    monkeypatch.setattr(doctor.device, "c_compiler", lambda: ["/usr/bin/cc"])
+    assert doctor._compiled(settings).found == "compiled for this CPU with /usr/bin/cc"
+    monkeypatch.setattr(doctor.device, "c_compiler", lambda: None)
+    finding = doctor._compiled(settings)
+    assert finding.state == "warn"
+    assert "apt-get install gcc" in finding.advice
+    assert doctor._compiled(Settings.model_validate({"engine": {"native": False}})).state == "ok"
 
 
 def test_doctor_says_what_the_kernels_of_a_gpu_lack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
