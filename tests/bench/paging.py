@@ -32,6 +32,7 @@ from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
 from persona.engine.grammar import Grammars
+from persona.engine.kernels import native
 from persona.engine.loop import EngineLoop
 from persona.engine.memory import Memory
 from persona.engine.pages import PagePool
@@ -88,13 +89,14 @@ class Side:
             host_budget=1 << 28,
             submit=self._load,
         )
+        cache = KvCache(memory, base.shape, SIZE, base.dtype)
         self.scheduler = Scheduler(context, tiers, max_running=RUNNING, max_waiting=1000, prefill_tokens=256)
         health = Health(prepared.base, "", "cpu", "int4", 4096, base.shape.vocab)
         self.said: dict[int, list[int]] = {}
         self.ended: set[int] = set()
         self.loop = EngineLoop(
             scheduler=self.scheduler,
-            runner=Runner(base, KvCache(memory, base.shape, SIZE, base.dtype)),
+            runner=Runner(base, cache, native.steps(Settings().cache / "kernels", base, cache, 4096)),
             tiers=tiers,
             text=Text.load(prepared.folder),
             train=lambda request: iter(()),
