@@ -410,7 +410,8 @@ class EngineLoop:
         finite = result.logits.amax(-1).isfinite().tolist()
         jobs = [self._jobs[s.id] for s in result.next]
         samplers = [job.sampler for job in jobs if isinstance(job, Generation)]
-        drawn = reply.drawn(result.logits.nan_to_num(), samplers, self._eos)
+        logits = result.logits if all(finite) else result.logits.nan_to_num()
+        drawn = reply.drawn(logits, samplers, self._eos)
         for sequence, (token, told), sound in zip(result.next, drawn, finite, strict=True):
             if sound:
                 self._extend(sequence.id, token, told)
