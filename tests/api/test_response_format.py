@@ -12,6 +12,8 @@ HI: Any = [{"role": "user", "content": "hi"}]
 
 
 class Lamp(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")  # a random model would go on with properties of its own
+
     room: str = pydantic.Field(max_length=6)
     on: bool
     level: int = pydantic.Field(ge=0, le=100)
