@@ -214,6 +214,11 @@ static inline v16 power(v16 x) {
     return y * (v16)((whole + 127) << 23);
 }
 
+/* Cells on their way from memory: what is read in short pieces, here and there, is waited for. */
+static inline void awaited(const cell *at, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof *at) __builtin_prefetch(at + i);
+}
+
 /* — rows: what goes into a product — */
 
 static void normed(const float *h, const float *weight, int64_t count, double eps, float *to) {
@@ -365,6 +370,12 @@ static void multiplied(
     operand *codes = (operand *)(totals + s->rows * BLOCK);
     for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
         memset(totals, 0, s->rows * BLOCK * sizeof *totals);
+        int64_t first = block * BLOCK, count = w->out - first < BLOCK ? w->out - first : BLOCK;
+        for (int64_t r = 0; r < s->rows; r++) { /* of B, which every row reads in pieces of its own adapter */
+            const int64_t *factor = factor_of(s, r, line);
+            if (!factor || (r && s->sequence[r] == s->sequence[r - 1])) continue;
+            for (int64_t i = 0; i < factor[2]; i++) awaited((const cell *)factor[1] + i * w->out + first, count);
+        }
         for (int64_t g = 0; g < groups; g++) {
             v16 scale[LANES], zero[LANES];
             scales_of(w->scales + (g * w->padded + block * BLOCK) * 2, scale, zero);
@@ -383,7 +394,6 @@ static void multiplied(
 #undef ROWS
             }
         }
-        int64_t first = block * BLOCK, count = w->out - first < BLOCK ? w->out - first : BLOCK;
         for (int64_t r = 0; r < s->rows; r++) {
             float *y = totals + r * BLOCK;
 #if PAIRS
@@ -428,11 +438,6 @@ static void turned(float *x, const float *cos, const float *sin, int64_t half) {
         put(x + i, first * c - second * w);
         put(x + i + half, second * c + first * w);
     }
-}
-
-/* A place of a page on its way into the cache: memory that is read in strides is waited for. */
-static inline void awaited(const cell *at, int64_t dim) {
-    for (int64_t i = 0; i < dim; i += 64 / sizeof *at) __builtin_prefetch(at + i);
 }
 
 /* The totals of four vectors, scaled. */
