@@ -191,7 +191,14 @@ def _table(adapter: Resident) -> int:
 def steps(folder: Path, decoder: Decoder, cache: KvCache, context: int) -> NativeSteps | None:
     """What computes rows in one piece, with code kept in `folder`; None where there is no such thing."""
     path = library(folder, decoder.dtype) if fits(decoder, cache) else None
-    return None if path is None else NativeSteps(path, decoder, cache, context)
+    if path is None:
+        return None
+    try:
+        return NativeSteps(path, decoder, cache, context)
+    except OSError as error:  # damaged, or in a folder from which nothing may run: the next start compiles it again
+        log.warning("replies are slower: the compiled step cannot be loaded", reason=str(error))
+        path.unlink(missing_ok=True)
+        return None
 
 
 def fits(decoder: Decoder, cache: KvCache) -> bool:

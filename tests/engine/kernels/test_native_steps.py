@@ -217,6 +217,15 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_damaged_code_is_left_to_torch_and_compiled_again(models: Models, tmp_path: Path) -> None:
+    world = World(models, "llama")
+    made = native.library(tmp_path, torch.float32)
+    assert made is not None
+    made.write_bytes(made.read_bytes()[:100])
+    assert native.steps(tmp_path, world.decoder, world.cache, CONTEXT) is None
+    assert native.steps(tmp_path, world.decoder, world.cache, CONTEXT) is not None
+
+
 def test_code_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = native.library(tmp_path, torch.float32)
     assert made is not None
