@@ -24,7 +24,7 @@ from persona.engine import adapter_file, checkpoint_file, device, prepare, rando
 from persona.engine.client import LocalEngine
 from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, ScoreRequest, TrainRequest
 from persona.engine.shape import TARGETS, Shape
-from persona.settings import Settings
+from persona.settings import load
 
 PROMPT = 128
 PLAN = Plan(passes=1)
@@ -197,7 +197,7 @@ async def main() -> None:
     parser.add_argument("--only", default="", help="part of a measure's name")
     parser.add_argument("--tokens", type=int, default=48)
     options = parser.parse_args()
-    settings = Settings()
+    settings = load()
     weights = device.choose(settings.model).weights
     prepared = prepare.fetch(prepare.EMBEDDED, settings.cache, weights, lambda _, __: None)
     engine = LocalEngine(settings, prepared)
