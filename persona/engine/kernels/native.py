@@ -85,10 +85,10 @@ def library(folder: Path, cell: torch.dtype, *flags: str) -> Path | None:
     if command is None or platform.system() != "Linux":
         return None
     options = [*FLAGS, *flags, f"-DBLOCK={block()}", f"-DCELL_BYTES={cell.itemsize}"]
-    made = folder / f"step-{_fingerprint(command, options)}.so"
-    if made.exists():
-        return made
     try:
+        made = folder / f"step-{_fingerprint(command, options)}.so"
+        if made.exists():
+            return made
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as apart:
             out = Path(apart) / made.name

@@ -217,6 +217,14 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["/nowhere/cc"], ["/etc/passwd"]])
+def test_a_compiler_that_does_not_start_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr(device, "c_compiler", lambda: command)
+    assert native.library(tmp_path, torch.float32) is None
+
+
 def test_damaged_code_is_left_to_torch_and_compiled_again(models: Models, tmp_path: Path) -> None:
     world = World(models, "llama")
     made = native.library(tmp_path, torch.float32)
