@@ -124,8 +124,8 @@ def _storage(options: Options, base: Decoder) -> tuple[Memory, KvCache]:
 
 
 def _whole(options: Options, base: Decoder, cache: KvCache) -> DecodeGraphs | NativeSteps | None:
-    """What computes decode rows in one piece: on the CPU compiled code, where there are kernels recordings of steps.
-    These have the last page of memory as their scratch page."""
+    """What computes rows in one piece: on the CPU compiled code; where there are kernels recordings of decode steps,
+    which have the last page of memory as their scratch page."""
     quick, context = kernels(base.device.type), min(options.context, base.shape.context)
     if quick is None:
         return native.steps(Path(options.kernels), base, cache, context) if options.native else None

@@ -1,7 +1,8 @@
 """Which path a device takes, chosen here and nowhere else.
 
 On CUDA the kernels of this package, if Triton is there (torch's CUDA build brings it) and starts; its interpreter is
-for tests. Everywhere else plain torch, and nothing imports Triton.
+for tests. Everywhere else plain torch, and nothing imports Triton; on a CPU a whole step may be compiled code in its
+place (native.py).
 """
 
 import os
