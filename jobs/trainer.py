@@ -1,7 +1,7 @@
 """Training as a generator of slices: between two of them the engine serves.
 
-The base is the one that serves, never changed, written out one layer at a time. A slice is one layer over one pack of
-examples, or the head over one chunk of targets. Each slice enters and leaves its own grad scope. Whoever stops a
+The base is the one that serves, never changed, written out one layer at a time. A slice is half a layer over one pack
+of examples, or some words of the head. Each slice enters and leaves its own grad scope. Whoever stops a
 training loses at most an optimizer step: its state is kept there, and the same request goes on from it to the same
 result, bit for bit.
 
@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.optim.adamw import adamw
 
 from jobs.checkpoint import SHARE, Checkpoint
 from jobs.sparse import SparseAdapter
-from persona.engine import checkpoint_file, protocol
+from persona.engine import checkpoint_file, head, protocol
 from persona.engine.adapter_file import Adapter, Array
-from persona.engine.branches import HEAD_ROWS, ROUND, Branches, Factors, attended
+from persona.engine.branches import ROUND, Branches, Factors, attended
 from persona.engine.checkpoint_file import Header, State
 from persona.engine.decoder import Decoder
 from persona.engine.forest import Forest, packed
@@ -152,15 +151,17 @@ class Trainer:
 
     def _taken_up(self, optimizer: "_AdamW", kept: State) -> Progress:
         """Where to go on: everything is as it was after the step of the checkpoint."""
-        head, steps = kept.header, len(self._batches)
-        optimizer.load(kept.tensors, head.updates)
-        self._first = head.first
-        return Progress(head.step, steps, head.loss, head.tokens, head.seconds, head.skipped, resumed=head.step)
+        before, steps = kept.header, len(self._batches)
+        optimizer.load(kept.tensors, before.updates)
+        self._first = before.first
+        return Progress(
+            before.step, steps, before.loss, before.tokens, before.seconds, before.skipped, resumed=before.step
+        )
 
     def _state(self, optimizer: "_AdamW", at: Progress) -> State:
         request, tensors = self._checkpoint.request, optimizer.tensors()
-        head = Header(request, at.step, at.loss, self._first, at.tokens, at.seconds, at.skipped, optimizer.updates)
-        return State(head, tensors)
+        header = Header(request, at.step, at.loss, self._first, at.tokens, at.seconds, at.skipped, optimizer.updates)
+        return State(header, tensors)
 
     def _advance(self, optimizer: "_AdamW", at: Progress) -> Generator[None, None, Progress]:
         """One optimizer step after `at`. Raises TrainingFailed if it shows that the run is lost."""
@@ -224,23 +225,25 @@ class Trainer:
         with torch.no_grad():
             h = decoder.embedded(run.tokens)
         for layer in range(decoder.shape.layers):
-            if layer >= first:
-                borders.append(h[own.rows])
-            with torch.no_grad():
-                h = decoder.layer(layer, h, run)
-            if layer < first:
-                run.kept.clear()
-            yield
+            for half in decoder.halves:
+                if layer >= first:
+                    borders.append(h[own.rows])
+                with torch.no_grad():
+                    h = half(layer, h, run)
+                if layer < first:
+                    run.kept.clear()
+                yield
         taught = (yield from self._bare(pack))[own.rows] if pack.distil else None
         loss, gradient = yield from self._head(h[own.rows], taught, pack, weight, own)
         for layer in range(decoder.shape.layers - 1, first - 1, -1):
-            with torch.enable_grad():
-                border = borders.pop().requires_grad_()
-                decoder.layer(layer, border, own).backward(gradient)  # type: ignore[no-untyped-call]
+            for half in reversed(decoder.halves):
+                with torch.enable_grad():
+                    border = borders.pop().requires_grad_()
+                    _back(half(layer, border, own), gradient)
+                assert border.grad is not None
+                gradient = border.grad
+                yield
             run.kept.pop(layer)
-            assert border.grad is not None
-            gradient = border.grad
-            yield
         return loss
 
     def _bare(self, pack: Pack) -> Generator[None, None, torch.Tensor]:
@@ -249,44 +252,47 @@ class Trainer:
         with torch.no_grad():
             h = self._decoder.embedded(run.tokens)
         for layer in range(self._decoder.shape.layers):
-            with torch.no_grad():
-                h = self._decoder.layer(layer, h, run)
-            yield
+            for half in self._decoder.halves:
+                with torch.no_grad():
+                    h = half(layer, h, run)
+                yield
         return h
 
     def _head(
         self, h: torch.Tensor, taught: torch.Tensor | None, pack: Pack, weight: float, own: "_Own"
     ) -> Generator[None, None, tuple[float, torch.Tensor]]:
-        """Weighted loss over the targets and its gradient for h, a chunk of targets a slice.
+        """Weighted loss over the targets and its gradient for h.
 
         h, taught: [rows, hidden]. The loss is the cross-entropy of the token, or, where the base's `taught` is given,
         the divergence from its distribution.
         """
+        decoder = self._decoder
         rows, wanted, weights = own.targets(pack)
         gradient = torch.zeros_like(h)
         loss = 0.0
-        for start in range(0, len(rows), HEAD_ROWS):
-            chunk = slice(start, start + HEAD_ROWS)
+        for start in range(0, len(rows), head.ROWS):
+            chunk = slice(start, start + head.ROWS)
+            mine, shares = rows[chunk], weights[chunk] / weight
+            some = h[mine].detach().requires_grad_()
             with torch.enable_grad():
-                some = h[rows[chunk]].detach().requires_grad_()
-                logits = self._decoder.logits(some)
-                if taught is None:
-                    losses = F.cross_entropy(logits, wanted[chunk], reduction="none")
-                else:
-                    losses = _divergence(self._decoder.logits(taught[rows[chunk]]).detach(), logits)
-                share = (losses * weights[chunk]).sum() / weight
-                share.backward()  # type: ignore[no-untyped-call]
+                normed = decoder.spoken(some)
+            logits = yield from head.logits(decoder, normed.detach())
+            if taught is None:
+                loss += yield from head.cross_entropy(logits, wanted[chunk], shares)
+            else:
+                aimed = yield from head.logits(decoder, decoder.spoken(taught[mine]))
+                loss += yield from head.divergence(logits, aimed, shares)
+            slope = yield from head.gradient(decoder, logits)
+            with torch.enable_grad():
+                _back(normed, slope)
             assert some.grad is not None
-            gradient.index_add_(0, rows[chunk], some.grad)
-            loss += float(share.detach())
-            yield
+            gradient.index_add_(0, mine, some.grad)
         return loss, gradient
 
 
-def _divergence(wanted: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Kullback-Leibler, nats, of `logits` from the distribution of `wanted`: both [targets, vocab] → [targets]."""
-    pair = F.log_softmax(logits, -1), F.log_softmax(wanted, -1)
-    return F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
+def _back(result: torch.Tensor, gradient: torch.Tensor) -> None:
+    """result.backward(gradient): that imports sympy the first time and would stall serving for a third of a second."""
+    (result * gradient).sum().backward()  # type: ignore[no-untyped-call]
 
 
 class _AdamW:

@@ -1,10 +1,15 @@
 """The shortest possible use of the decoder: one sequence, no cache, no adapter. The yardstick for everything else."""
 
+from collections.abc import Generator
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 
 from persona.engine.decoder import Decoder
 from persona.engine.weights import Projection
+
+Result = TypeVar("Result")
 
 
 class Whole:
@@ -30,6 +35,16 @@ def logits(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
     for layer in range(decoder.shape.layers):
         h = decoder.layer(layer, h, run)
     return decoder.logits(h)
+
+
+def drained(slices: Generator[None, None, Result]) -> Result:
+    """The result of work in slices."""
+    while True:
+        try:
+            next(slices)
+        except StopIteration as ended:
+            result: Result = ended.value
+            return result
 
 
 def some_tokens(length: int, vocab: int = 320, seed: int = 1) -> list[int]:

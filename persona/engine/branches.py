@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
+from persona.engine import head
 from persona.engine.decoder import Decoder
 from persona.engine.forest import Chunk, Forest
 from persona.engine.lora import Resident
@@ -22,7 +23,6 @@ from persona.engine.weights import Projection
 
 Factors = Callable[[int, str], tuple[torch.Tensor, torch.Tensor] | None]  # a [in, rank], b [rank, out], scaled
 ROUND = 64  # rows to which a forward is filled up: oneDNN compiles a kernel for every number of rows
-HEAD_ROWS = 64  # targets whose logits are in memory at once
 
 
 class Kept:
@@ -81,7 +81,7 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tens
 def scores(
     decoder: Decoder, wanted: Sequence[tuple[list[int], list[int], Resident | None]], size: int
 ) -> Generator[None, None, list[list[float]]]:
-    """Log-probabilities for each (tokens, targets, adapter), in slices of one layer over at most `size` nodes.
+    """Log-probabilities for each (tokens, targets, adapter), in slices of half a layer over at most `size` nodes.
 
     Neighbours with one adapter share a forest. Each item is a slice; the result is one list per request.
     """
@@ -123,16 +123,16 @@ def _logprobs(
         with torch.no_grad():
             h = decoder.embedded(run.tokens)
         for layer in range(decoder.shape.layers):
-            with torch.no_grad():
-                h = decoder.layer(layer, h, run)
-            yield
+            for half in decoder.halves:
+                with torch.no_grad():
+                    h = half(layer, h, run)
+                yield
         here = [one for one in asked if 0 <= one.node - chunk.start < len(chunk)]
-        for start in range(0, len(here), HEAD_ROWS):
-            some = here[start : start + HEAD_ROWS]
-            with torch.no_grad():
-                logits = decoder.logits(h[[one.node - chunk.start for one in some]])
-                wanted = torch.tensor([one.token for one in some], device=h.device)
-                values = logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(-1)
+        for start in range(0, len(here), head.ROWS):
+            some = here[start : start + head.ROWS]
+            logits = yield from head.logits(decoder, decoder.spoken(h[[one.node - chunk.start for one in some]]))
+            wanted = torch.tensor([one.token for one in some], device=h.device)
+            values = logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(-1)
             answers += zip(some, values.tolist(), strict=True)
             yield
     return answers

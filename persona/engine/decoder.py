@@ -4,7 +4,7 @@ Whatever a step needs beyond the base (cache, adapters, gradients) comes in as a
 and nothing survives the step. Equal to transformers' models of the same weights (tests/engine/test_decoder.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,8 @@ from persona.engine import weights
 from persona.engine.device import Form
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import Projection
+
+WORDS = 4096  # of the head, at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,9 @@ class Pass(Protocol):
         ...
 
 
+Half = Callable[[int, torch.Tensor, Pass], torch.Tensor]  # of a layer: its index, h [tokens, hidden] → the same
+
+
 class Decoder:
     """Embedding, layers, head. Activations between layers are fp32; projections compute in `dtype`."""
 
@@ -73,16 +78,26 @@ class Decoder:
         angles, scale = positions.float()[:, None] * self._inv_freq, self.shape.rope_scale
         return angles.cos() * scale, angles.sin() * scale
 
+    @property
+    def halves(self) -> tuple[Half, Half]:
+        """A layer is one after the other."""
+        return self.attention, self.mlp
+
     def layer(self, index: int, h: torch.Tensor, run: Pass) -> torch.Tensor:
         """One layer: h [tokens, hidden] fp32 → the same."""
+        return self.mlp(index, self.attention(index, h, run), run)
+
+    def attention(self, index: int, h: torch.Tensor, run: Pass) -> torch.Tensor:
         layer = self.layers[index]
         weight = layer.projections
-
         x = self._normed(h, layer.attn_norm)
         q, k, v = self.heads(index, run.project(index, "qkv", weight["qkv"], x), run.rotary)
         attended = run.attend(index, q, k, v)
-        h = h + run.project(index, "o", weight["o"], attended)
+        return h + run.project(index, "o", weight["o"], attended)
 
+    def mlp(self, index: int, h: torch.Tensor, run: Pass) -> torch.Tensor:
+        layer = self.layers[index]
+        weight = layer.projections
         x = self._normed(h, layer.mlp_norm)
         gate, up = run.project(index, "gate_up", weight["gate_up"], x).chunk(2, -1)
         return h + run.project(index, "down", weight["down"], F.silu(gate) * up)
@@ -100,15 +115,24 @@ class Decoder:
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """h: [rows, hidden] → [rows, vocab], fp32."""
-        normed = F.rms_norm(h, self.norm.shape, self.norm, self.shape.eps)
-        if self.head.dtype == torch.float32:
-            return F.linear(normed, self.head)
-        if self.device.type == "cpu":  # whose products of bf16 have a bf16 result
-            logits: torch.Tensor = _Widened.apply(normed, self.head)  # type: ignore[no-untyped-call]
-            return logits
-        if torch.is_grad_enabled():  # the product with an fp32 result has no derivative
-            return F.linear(normed.to(self.head.dtype), self.head).float()
-        return torch.mm(normed.to(self.head.dtype), self.head.t(), out_dtype=torch.float32)
+        normed = self.spoken(h)
+        parts = [voiced(normed, piece) for _, piece in self.pieces()]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def spoken(self, h: torch.Tensor) -> torch.Tensor:
+        """What the head multiplies: h [rows, hidden] → the same."""
+        return F.rms_norm(h, self.norm.shape, self.norm, self.shape.eps)
+
+    def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The head, some words at a time: [words, hidden] each. On the CPU in fp32, where a head in bf16 is written out
+        piece by piece, never whole: the next piece overwrites the one before."""
+        if self.device.type != "cpu":
+            yield slice(len(self.head)), self.head
+            return
+        room = None if self.head.dtype == torch.float32 else torch.empty(WORDS, self.head.shape[1])
+        for start in range(0, len(self.head), WORDS):
+            some = self.head[start : start + WORDS]
+            yield slice(start, start + len(some)), some if room is None else room[: len(some)].copy_(some)
 
     def narrow(self) -> None:
         """Hold embedding and head as they are stored, in bf16: for code that multiplies them so."""
@@ -126,32 +150,11 @@ class Decoder:
         return F.rms_norm(h, weight.shape, weight, self.shape.eps).to(self.dtype)
 
 
-class _Widened(torch.autograd.Function):
-    """x [rows, hidden] fp32 · a head in bf16 → logits in fp32. The head is written out in fp32 piece by piece, never
-    whole, in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        ctx.head = head
-        logits = x.new_empty(len(x), len(head))
-        for start, piece in _pieces(head):
-            logits[:, start : start + len(piece)] = x @ piece.t()
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        x = gradient.new_zeros(len(gradient), ctx.head.shape[1])
-        for start, piece in _pieces(ctx.head):
-            x.addmm_(gradient[:, start : start + len(piece)], piece)
-        return x, None
-
-
-def _pieces(head: torch.Tensor, words: int = 4096) -> Iterator[tuple[int, torch.Tensor]]:
-    """fp32 rows of `head` from a word on; the next piece overwrites them."""
-    room = torch.empty(words, head.shape[1], device=head.device)
-    for start in range(0, len(head), words):
-        some = head[start : start + words]
-        yield start, room[: len(some)].copy_(some)
+def voiced(normed: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+    """normed: [rows, hidden] fp32 · piece: [words, hidden] → logits [rows, words], fp32."""
+    if piece.dtype == torch.float32:
+        return F.linear(normed, piece)
+    return torch.mm(normed.to(piece.dtype), piece.t(), out_dtype=torch.float32)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

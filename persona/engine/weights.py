@@ -13,7 +13,7 @@ On the CPU Int4 keeps only the layout of torch's kernel. For many rows it unpack
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class Int4(Projection):
         codes = F.pad(quantize.unpack_nibbles(codes), (0, 0, 0, spare))
         self._scales = F.pad(scales, (0, 0, 0, spare)).contiguous()  # [in/32, out, 2]
         self._packed = _pack(codes)
+        self.writer: Callable[[torch.dtype], torch.Tensor | None] | None = None  # compiled code that makes `dense`
 
     @property
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,6 +87,8 @@ class Int4(Projection):
         return self._packed, self._scales
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.writer is not None and (made := self.writer(dtype)) is not None:
+            return made
         # In fp32, whose elementwise operations are faster on a CPU than bf16's, and rounded once at the end.
         codes = _unpack(self._packed, self._block, torch.float32)  # [in, out]
         groups = codes.view(-1, quantize.GROUP, codes.shape[1])

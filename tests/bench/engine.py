@@ -27,6 +27,7 @@ from persona.engine.shape import TARGETS, Shape
 from persona.settings import load
 
 PROMPT = 128
+STREAM = 640  # tokens of a reply whose gaps are looked at
 PLAN = Plan(passes=1)
 
 
@@ -140,20 +141,32 @@ async def keeping_the_state(engine: LocalEngine, prepared: prepare.Prepared, out
     )
 
 
-def gaps(times: list[float]) -> dict[str, float]:
-    found = sorted(1000 * (b - a) for a, b in itertools.pairwise(times))
+def differences(times: list[float]) -> list[float]:
+    """Milliseconds between neighbours of `times`, in seconds."""
+    return [1000 * (b - a) for a, b in itertools.pairwise(times)]
+
+
+def gaps(milliseconds: list[float]) -> dict[str, float]:
+    found = sorted(milliseconds)
     pick = {"p50": 0.5, "p99": 0.99, "max": 1.0}
     return {name: round(found[min(len(found) - 1, int(share * len(found)))], 1) for name, share in pick.items()}
 
 
-async def training_beside_serving(engine: LocalEngine, out: Path, tokens: int) -> None:
-    """One user streams without a pause: the hardest case, the engine 100 % busy."""
-    alone = await stream(engine, 4 * tokens, 1)
+async def training_beside_serving(engine: LocalEngine, out: Path, rounds: int) -> None:
+    """One user streams without a pause: the hardest case. Alone and beside a training in turn."""
+    alone, beside = list[float](), list[float]()
+    slices = 0
     async with training(engine, out, 4000):
-        before = (await engine.health()).slices
-        beside = await stream(engine, 4 * tokens, 1)
-        slices = (await engine.health()).slices - before
-    report("gaps in ms, engine always busy", alone=gaps(alone), training=gaps(beside), slices=slices)
+        for seed in range(rounds):
+            await engine.pause()
+            alone += differences(await stream(engine, STREAM, seed))
+            await engine.resume()
+            before = (await engine.health()).slices
+            beside += differences(await stream(engine, STREAM, seed))
+            slices += (await engine.health()).slices - before
+    without, trained = gaps(alone), gaps(beside)
+    ratios = {name: round(trained[name] / without[name], 2) for name in without}
+    report("M8 gaps in ms, engine always busy", alone=without, training=trained, ratios=ratios, slices=slices)
 
 
 async def scoring(engine: LocalEngine, refs: list[AdapterRef]) -> None:
@@ -172,9 +185,9 @@ async def scoring(engine: LocalEngine, refs: list[AdapterRef]) -> None:
         return round(time.perf_counter() - started, 2)
 
     one_by_one, together = await timed(singly()), await timed(engine.score_all(some))
-    alone = gaps(await stream(engine, 192, 1))
+    alone = gaps(differences(await stream(engine, 192, 1)))
     task = asyncio.create_task(timed(engine.score_all(some)))
-    beside = gaps(await stream(engine, 192, 1))
+    beside = gaps(differences(await stream(engine, 192, 1)))
     task.cancel()
     report("scoring, s", one_by_one=one_by_one, together=together, gaps_alone=alone, gaps_beside=beside)
 
@@ -215,7 +228,7 @@ async def main() -> None:
             "training alone": training_alone(engine, folder),
             "state": keeping_the_state(engine, prepared, folder),
             "scoring": scoring(engine, refs),
-            "gaps": training_beside_serving(engine, folder, options.tokens),
+            "gaps": training_beside_serving(engine, folder, options.rounds),
         }
         for name, measure in measures.items():
             if options.only in name:

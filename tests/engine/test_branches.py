@@ -68,13 +68,13 @@ def test_each_request_has_its_own_adapter(models: Models, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("prefill", [16, 160])
 def test_a_shared_beginning_is_computed_once(models: Models, prefill: int) -> None:
-    """Counted in slices: a layer each, over as many tokens as a prefill has, however long the beginning is."""
-    bench, layers = Bench(models, prefill=prefill), 2
+    """Counted in slices: half a layer each, over as many tokens as a prefill has, however long the beginning is."""
+    bench, halves = Bench(models, prefill=prefill), 4
     some = [ScoreRequest([*LONG, 7 + i, 8], [91]) for i in range(50)]
     together(bench, some)
     chunks = -(-(len(LONG) + 50) // (prefill - 1))  # a row is spare
     heads = -(-50 // prefill) + 1  # the 50 questions stand at the end of the forest
-    assert bench.health().slices <= chunks * layers + heads + 1
+    assert bench.health().slices <= chunks * halves + 2 * heads + 1
 
 
 def test_an_aborted_scoring_leaves_and_the_next_one_is_done(models: Models) -> None:

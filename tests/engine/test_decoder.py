@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 from models import KINDS, Models, reference
-from plain import logits, some_tokens
+from plain import drained, logits, some_tokens
 
 from persona.domain import Message, Role
-from persona.engine import decoder
+from persona.engine import decoder, head
 from persona.engine.decoder import Decoder
 from persona.engine.prepare import Prepared
 from persona.engine.shape import FUSED, TARGETS
@@ -87,10 +87,19 @@ def test_a_head_held_in_bf16_gives_the_same_logits_and_gradients(models: Models,
     found = []
     for ours in (wide, narrow):
         x = torch.randn(7, ours.shape.hidden, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        logits = ours.logits(x)
-        logits.log_softmax(-1)[:, 5].sum().backward()
+        normed = ours.spoken(x)
+        logits = drained(head.logits(ours, normed.detach()))
+        assert torch.equal(logits, ours.logits(x.detach()))
+        slope = logits.clone()
+        loss = drained(head.cross_entropy(slope, torch.full((7,), 5), torch.ones(7)))
+        assert loss == pytest.approx(-float(logits.log_softmax(-1)[:, 5].sum()), rel=1e-5)
+        normed.backward(drained(head.gradient(ours, slope)))
         assert x.grad is not None
-        found.append((logits.detach(), x.grad))
+        found.append((logits, x.grad))
+        y = x.detach().clone().requires_grad_()
+        plain = torch.nn.functional.linear(ours.spoken(y), ours.head.float())
+        (-plain.log_softmax(-1)[:, 5].sum()).backward()
+        assert torch.allclose(y.grad, x.grad, atol=1e-5)
     assert torch.allclose(found[0][0], found[1][0], atol=1e-4)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
 

@@ -1,10 +1,13 @@
 """Training in slices: the gradient of the whole model, on a base that does not change, beside serving."""
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import adapters
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,9 +17,9 @@ from workbench import Bench, projections
 
 from jobs.sparse import SparseAdapter
 from jobs.trainer import Trainer, batches, packs, step_targets
-from persona.engine import adapter_file, protocol
+from persona.engine import adapter_file, head, protocol
+from persona.engine import decoder as network
 from persona.engine.adapter_file import FILE
-from persona.engine.branches import HEAD_ROWS
 from persona.engine.decoder import Decoder
 from persona.engine.protocol import AdapterRef, Example, Plan, Progress, TrainRequest
 from persona.engine.shape import TARGETS
@@ -328,21 +331,46 @@ def test_a_full_disk_fails_the_run_and_not_the_engine(models: Models, tmp_path: 
 # --- slices
 
 
-def test_a_slice_is_one_layer_of_one_pack_one_chunk_of_the_head_or_a_part_of_the_update(
-    models: Models, tmp_path: Path
+def test_a_slice_is_half_a_layer_of_one_pack_some_words_of_the_head_or_a_part_of_the_update(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(network, "WORDS", 100)
     examples = [example(60, seed) for seed in range(4)] + [example(150, 9)]
     made = request(tmp_path, examples, batch_tokens=120)
-    trainer = Trainer(models.decoder(), models.prepared().base, made, None)
+    model = models.decoder()
+    trainer = Trainer(model, models.prepared().base, made, None)
     found = list(trainer.slices())
     layers, all_packs = 2, [pack for batch in trainer._batches for pack in batch]
-    heads = sum(-(-sum(len(e.targets) for e in p.examples) // HEAD_ROWS) for p in all_packs)
+    words = -(-model.shape.vocab // 100)
+    targets = [sum(len(e.targets) for e in pack.examples) for pack in all_packs]
+    chunks = [min(head.ROWS, count - start) for count in targets for start in range(0, count, head.ROWS)]
+    heads = sum(2 * words + -(-rows // 16) for rows in chunks)
     building = layers * len(TARGETS)
     updates = len(trainer._batches)
-    slices = building + 2 * layers * len(all_packs) + heads + updates
+    slices = building + 2 * 2 * layers * len(all_packs) + heads + updates
     assert len(all_packs) == 5
     assert found.count(None) == slices
     assert len(found) - slices == len(trainer._batches) + 1  # progress after each step, and at the end
+
+
+def test_no_slice_imports_sympy(models: Models, tmp_path: Path) -> None:
+    """torch does when a backward pass is given a gradient: serving would stand still for a third of a second."""
+    made = request(tmp_path, [example(20, 1), protocol.replace(example(20, 2), distil=True)])
+    program = """if True:
+        import sys, msgspec
+        from pathlib import Path
+        from jobs.trainer import Trainer
+        from persona.engine import decoder
+        from persona.engine.protocol import TrainRequest
+        made = msgspec.json.decode(sys.argv[1], type=TrainRequest)
+        before = set(sys.modules)
+        assert list(Trainer(decoder.load(Path(sys.argv[2]), "int4", "cpu"), sys.argv[3], made, None).slices())[-1].done
+        print(sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+    """
+    prepared = models.prepared()
+    asked = [sys.executable, "-c", program, msgspec.json.encode(made).decode(), str(prepared.folder), prepared.base]
+    ended = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert "sympy" not in ended.stdout
 
 
 def test_packs_hold_at_most_a_slice_and_no_example_is_lost() -> None:

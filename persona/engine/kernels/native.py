@@ -10,6 +10,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +125,7 @@ class NativeSteps:
         self._code = ctypes.CDLL(str(path))
         self._code.scratch_bytes.restype = _Int
         decoder.narrow()
-        self._decoder, self._cache, shape = decoder, cache, decoder.shape
+        self._decoder, self._cache, shape, self._dtype = decoder, cache, decoder.shape, decoder.dtype
         cos, sin = decoder.turns(torch.arange(context))
         self._kept: list[object] = [cos, sin]  # what the model points to, beside the decoder and the cache
         self._layers = (_Layer * shape.layers)(*(self._layer(decoder, index) for index in range(shape.layers)))
@@ -133,6 +134,10 @@ class NativeSteps:
             ctypes.addressof(self._layers), decoder.embed.data_ptr(), decoder.head.data_ptr(), decoder.norm.data_ptr(),
             cos.data_ptr(), sin.data_ptr(), cache.memory.bytes.data_ptr(), cache.size, shape.eps,
         )  # fmt: skip
+        for layer, known in zip(decoder.layers, self._layers, strict=True):
+            for target, projection in layer.projections.items():
+                assert isinstance(projection, Int4)
+                projection.writer = partial(self._written_out, getattr(known, target))
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, shape.vocab)
 
@@ -162,6 +167,14 @@ class NativeSteps:
         step.logits, step.scratch = self._logits.data_ptr(), self._scratch.data_ptr()
         failed = self._code.run(ctypes.byref(self._model), ctypes.byref(step))
         return None if failed else self._logits[: len(speakers)]
+
+    def _written_out(self, matrix: _Matrix, dtype: torch.dtype) -> torch.Tensor | None:
+        """What `Int4.dense` gives; None in another dtype than the decoder's."""
+        if dtype is not self._dtype:
+            return None
+        made = torch.empty(matrix.inputs, matrix.out, dtype=dtype)
+        self._code.write_out(ctypes.byref(matrix), _Pointer(made.data_ptr()), _Int(torch.get_num_threads()))
+        return made
 
     def _layer(self, decoder: Decoder, index: int) -> _Layer:
         layer = decoder.layers[index]

@@ -638,6 +638,31 @@ static void voice(const model *m, const step *s, const state *a, int64_t word, i
     }
 }
 
+/* A matrix as numbers, for wide products: to [in, out]. */
+void write_out(const matrix *w, cell *to, int64_t threads) {
+    int64_t blocks = w->padded / BLOCK, pieces = w->in / GROUP * blocks;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t g = piece / blocks, b = piece % blocks;
+        const uint8_t *codes = w->codes + (b * w->in + g * GROUP) * (BLOCK / 2);
+        const uint16_t *pairs = w->scales + (g * w->padded + b * BLOCK) * 2;
+        float scale[BLOCK], zero[BLOCK], row[BLOCK];
+        for (int64_t j = 0; j < BLOCK; j++) {
+            scale[j] = bf16(pairs[2 * j]);
+            zero[j] = bf16(pairs[2 * j + 1]) - 8 * scale[j];
+        }
+        cell *here = to + g * GROUP * w->out + b * BLOCK;
+        for (int64_t k = 0; k < GROUP; k++, codes += BLOCK / 2, here += w->out) {
+            for (int64_t j = 0; j < BLOCK / 2; j++) {
+                row[j] = zero[j] + (float)(codes[j] & 15) * scale[j];
+                row[j + BLOCK / 2] = zero[j + BLOCK / 2] + (float)(codes[j] >> 4) * scale[j + BLOCK / 2];
+            }
+            if ((b + 1) * BLOCK <= w->out) write_cells(here, row, BLOCK);
+            else write_cells(here, row, w->out - b * BLOCK);
+        }
+    }
+}
+
 /* Returns 0, or 1 without having done anything if an adapter's rank is too large. */
 int run(const model *m, const step *s) {
     for (int64_t n = 0; n < s->sequences; n++)

@@ -115,6 +115,20 @@ def test_a_step_is_that_of_plain_torch(models: Models, kind: str, way: str) -> N
     assert torch.isfinite(world.written.view(torch.float32)).equal(kept)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_is_written_out_as_torch_writes_it(models: Models, dtype: torch.dtype, way: str) -> None:
+    world = World(models, "llama", dtype)
+    matrices = [p for layer in world.decoder.layers for p in layer.projections.values()]
+    plain = [p.dense(dtype) for p in matrices]
+    steps = world.steps(*WAYS[way])
+    assert all(isinstance(p, Int4) and p.writer is not None for p in matrices)
+    assert all(torch.equal(p.dense(dtype), wanted) for p, wanted in zip(matrices, plain, strict=True))
+    other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
+    assert all(p.dense(other).dtype is other for p in matrices)
+    assert steps is not None
+
+
 def test_a_step_with_a_cache_in_bf16(models: Models) -> None:
     world = World(models, "llama", torch.bfloat16)
     wanted, found = world.logits(None, ALL), world.logits(world.steps(), ALL)
