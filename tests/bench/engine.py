@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -20,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from persona.engine import adapter_file, checkpoint_file, device, prepare, random_adapter
+from persona.engine import adapter_file, checkpoint_file, device, prepare, random_adapter, slices
 from persona.engine.client import LocalEngine
 from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, ScoreRequest, TrainRequest
 from persona.engine.shape import TARGETS, Shape
-from persona.settings import load
+from persona.settings import Settings, load
 
 PROMPT = 128
 STREAM = 640  # tokens of a reply whose gaps are looked at
@@ -155,7 +156,7 @@ def gaps(milliseconds: list[float]) -> dict[str, float]:
 async def training_beside_serving(engine: LocalEngine, out: Path, rounds: int) -> None:
     """One user streams without a pause: the hardest case. Alone and beside a training in turn."""
     alone, beside = list[float](), list[float]()
-    slices = 0
+    done = 0
     async with training(engine, out, 4000):
         for seed in range(rounds):
             await engine.pause()
@@ -163,10 +164,94 @@ async def training_beside_serving(engine: LocalEngine, out: Path, rounds: int) -
             await engine.resume()
             before = (await engine.health()).slices
             beside += differences(await stream(engine, STREAM, seed))
-            slices += (await engine.health()).slices - before
+            done += (await engine.health()).slices - before
     without, trained = gaps(alone), gaps(beside)
     ratios = {name: round(trained[name] / without[name], 2) for name in without}
-    report("M8 gaps in ms, engine always busy", alone=without, training=trained, ratios=ratios, slices=slices)
+    report("M8 gaps in ms, engine always busy", alone=without, training=trained, ratios=ratios, slices=done)
+
+
+async def training_kept(engine: LocalEngine, out: Path, rounds: int) -> None:
+    """Slices a second beside a stream that is busy half of the time, or always, over those of training alone."""
+
+    async def serve(seed: int, rest: float) -> float:
+        """Busy seconds of a stream that rests for so long after each busy second."""
+        busy = 0.0
+        for part in range(8):
+            started = time.perf_counter()
+            await stream(engine, 64, 100 * seed + part)
+            busy += time.perf_counter() - started
+            await asyncio.sleep(rest * (time.perf_counter() - started))
+        return busy
+
+    async def measured(work: Awaitable[float]) -> tuple[float, float]:
+        """Slices a second, busy share."""
+        before, started = (await engine.health()).slices, time.perf_counter()
+        busy = await work
+        seconds = time.perf_counter() - started
+        return ((await engine.health()).slices - before) / seconds, busy / seconds
+
+    found: dict[str, list[float]] = {"half": [], "always": []}
+    async with training(engine, out, 4000):
+        for seed in range(rounds):
+            alone, _ = await measured(asyncio.sleep(8, 0.0))
+            for name, rest in (("half", 1.0), ("always", 0.0)):
+                kept, busy = await measured(serve(seed, rest))
+                found[name].append(kept / alone / (1 - busy + slices.SHARE * busy))
+    told = {name: round(statistics.median(values), 2) for name, values in found.items()}
+    report("M9 training kept, of what M8 leaves", busy=told, spread={k: [min(v), max(v)] for k, v in found.items()})
+
+
+async def memory(engine: LocalEngine, out: Path) -> None:
+    """What the engine has in RAM before and during a training, beside a stream."""
+    await stream(engine, STREAM, 1)
+    before, most = await engine.health(), 0
+    async with training(engine, out, 400):
+        task = asyncio.create_task(stream(engine, STREAM, 2))
+        while not task.done():
+            most = max(most, (await engine.health()).memory)
+            await asyncio.sleep(0.05)
+    grown = most - before.memory
+    report("M14 memory", base_bytes=before.base_bytes, serving=before.memory, training=most, grown=grown)
+
+
+async def cold_adapters(settings: Settings, prepared: prepare.Prepared, refs: list[AdapterRef]) -> None:
+    """First token of an adapter that is on disk, or only in RAM, over a second one of the same: in pairs."""
+    small = settings.engine.model_copy(update={"memory_mb": 64, "host_mb": 1024})
+    engine = LocalEngine(settings.model_copy(update={"engine": small}), prepared)
+    await engine.start()
+    seeds = itertools.count()
+
+    async def first(ref: AdapterRef) -> float:
+        started = time.perf_counter()
+        return (await stream(engine, 1, next(seeds), ref))[0] - started
+
+    for place in ("disk", "RAM"):
+        before, pairs = await engine.health(), []
+        for ref in refs:
+            if place == "disk":
+                _out_of_the_page_cache(Path(ref.path) / adapter_file.FILE)
+            pairs.append((await first(ref), await first(ref)))
+        after = await engine.health()
+        assert after.loads - before.loads == len(refs), "they have to leave the device: use more"
+        assert after.disk_loads - before.disk_loads == (len(refs) if place == "disk" else 0)
+        cold, warm = (statistics.median(side) for side in zip(*pairs, strict=True))
+        ratios = sorted(a / b for a, b in pairs)
+        edge = int(len(ratios) / 2 - 0.98 * len(ratios) ** 0.5)  # of the median's 95 % interval, by order statistics
+        report(
+            f"M4 first token, adapter {'on disk' if place == 'disk' else 'in RAM'}",
+            cold_ms=round(1000 * cold, 1),
+            warm_ms=round(1000 * warm, 1),
+            ratio=round(statistics.median(ratios), 3),
+            interval=[round(ratios[edge], 3), round(ratios[-1 - edge], 3)],
+            pairs=len(pairs),
+        )
+    await engine.stop()
+
+
+def _out_of_the_page_cache(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 async def scoring(engine: LocalEngine, refs: list[AdapterRef]) -> None:
@@ -228,6 +313,8 @@ async def main() -> None:
             "training alone": training_alone(engine, folder),
             "state": keeping_the_state(engine, prepared, folder),
             "scoring": scoring(engine, refs),
+            "kept": training_kept(engine, folder, options.rounds),
+            "memory": memory(engine, folder),
             "gaps": training_beside_serving(engine, folder, options.rounds),
         }
         for name, measure in measures.items():
@@ -235,7 +322,10 @@ async def main() -> None:
                 await measure
             else:
                 measure.close()
-    await engine.stop()
+        await engine.stop()
+        if options.only in "cold":
+            more = [adapter(folder, prepared, number) for number in range(101, 221)]
+            await cold_adapters(settings, prepared, more)
 
 
 if __name__ == "__main__":
