@@ -1,12 +1,14 @@
 """Converts a checkpoint into the tensors of a prepared model: fused projections, 4-bit codes, a plain shape file.
 
-    embed, norm, head (if not tied)                     as they were, bf16
+    embed, head (if not tied)                           as they were, bf16, or their parts, see words.py
+    norm                                                as it was, fp32
     layers.<i>.{attn_norm,mlp_norm,q_norm,k_norm}       as they were, fp32
     layers.<i>.{qkv,o,gate_up,down}.<part>              parts of the 4-bit form, see weights.py
     layers.<i>.{qkv,o}.bias                             fp32, where the family has them
 
 The embedded GGUF's Q4_1 blocks become int4 codes without requantizing: the codes are copied, only their scales are
-rounded from fp16 to bf16. Architectures that the decoder would compute wrongly are refused by name.
+rounded from fp16 to bf16. Its embedding's Q8_0 blocks are copied whole. Architectures that the decoder would compute
+wrongly are refused by name.
 """
 
 import json
@@ -19,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from persona.engine import quantize
+from persona.engine import quantize, words
 from persona.engine.shape import FUSED
 from persona.errors import ModelError
 
@@ -40,8 +42,7 @@ def from_gguf(file: Path, out: Path, weights: str, source: str, notify: Notify) 
     reader = gguf.GGUFReader(file)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     shape = _gguf_shape(lambda key: reader.fields[key].contents())
-    made: Tensors = {"embed": _dense(tensors["token_embd.weight"]).bfloat16()}
-    made["norm"] = _dense(tensors["output_norm.weight"])
+    made = _gguf_words(tensors["token_embd.weight"]) | {"norm": _dense(tensors["output_norm.weight"])}
     for layer in range(shape["layers"]):
         notify("converting the model's weights", layer / shape["layers"])
         made |= _gguf_layer(tensors, layer, shape, weights)
@@ -129,6 +130,12 @@ def _gguf_layer(tensors: dict[str, Any], layer: int, shape: dict[str, Any], weig
         else:
             made |= _named(layer, fused, {"codes": quantize.pack_nibbles(codes), "scales": scales})
     return made
+
+
+def _gguf_words(tensor: Any) -> Tensors:
+    if tensor.tensor_type.name != "Q8_0":
+        return {"embed": _dense(tensor).bfloat16()}
+    return {f"embed.{part}": values for part, values in words.from_q8_0(tensor.data).items()}
 
 
 def _unpermuted(tensor: Any, heads: int | None) -> "np.ndarray[Any, Any]":

@@ -128,7 +128,10 @@ def _whole(options: Options, base: Decoder, cache: KvCache) -> DecodeGraphs | Na
     which have the last page of memory as their scratch page."""
     quick, context = kernels(base.device.type), min(options.context, base.shape.context)
     if quick is None:
-        return native.steps(Path(options.kernels), base, cache, context) if options.native else None
+        compiled = native.steps(Path(options.kernels), base, cache, context) if options.native else None
+        if compiled is None:
+            base.widen()
+        return compiled
     last = cache.memory.pages - 1
     layout = Layout(options.page_tokens, cache.stride, -(-context // options.page_tokens), scratch=last)
     return DecodeGraphs(base, cache, layout, quick)

@@ -80,8 +80,8 @@ def test_a_tied_head_is_the_embedding_itself(models: Models, form: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_a_head_held_in_bf16_gives_the_same_logits_and_gradients(models: Models, kind: str) -> None:
     wide, narrow = models.decoder(kind), models.decoder(kind)
-    narrow.narrow()
-    assert narrow.head.dtype == torch.bfloat16
+    wide.widen()
+    assert (wide.head.dtype, narrow.head.dtype) == (torch.float32, torch.bfloat16)
     assert (narrow.head is narrow.embed) == narrow.shape.tied
     assert narrow.nbytes() < wide.nbytes()
     found = []
@@ -97,7 +97,7 @@ def test_a_head_held_in_bf16_gives_the_same_logits_and_gradients(models: Models,
         assert x.grad is not None
         found.append((logits, x.grad))
         y = x.detach().clone().requires_grad_()
-        plain = torch.nn.functional.linear(ours.spoken(y), ours.head.float())
+        plain = torch.nn.functional.linear(ours.spoken(y), ours.head[:].float())
         (-plain.log_softmax(-1)[:, 5].sum()).backward()
         assert torch.allclose(y.grad, x.grad, atol=1e-5)
     assert torch.allclose(found[0][0], found[1][0], atol=1e-4)
@@ -106,7 +106,7 @@ def test_a_head_held_in_bf16_gives_the_same_logits_and_gradients(models: Models,
 
 def test_no_weight_of_the_base_asks_for_a_gradient(models: Models) -> None:
     ours = models.decoder("qwen3")
-    assert not any(t.requires_grad for t in (ours.embed, ours.norm, ours.head))
+    assert not any(t.requires_grad for t in (ours.embed.values, ours.norm, ours.head.values))
     assert not any(layer.attn_norm.requires_grad or layer.mlp_norm.requires_grad for layer in ours.layers)
 
 
@@ -128,7 +128,7 @@ def _hugging_face(ours: Decoder) -> transformers.LlamaForCausalLM:
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    state = {"model.embed_tokens.weight": ours.embed.float(), "model.norm.weight": ours.norm}
+    state = {"model.embed_tokens.weight": ours.embed[:].float(), "model.norm.weight": ours.norm}
     for index, layer in enumerate(ours.layers):
         prefix = f"model.layers.{index}."
         state[prefix + "input_layernorm.weight"] = layer.attn_norm

@@ -225,7 +225,7 @@ def fingerprint(bench: Bench) -> str:
     """Every byte of the base in memory."""
     total, base = hashlib.sha256(), bench.decoder
     vectors = [v for layer in base.layers for v in (layer.attn_norm, layer.mlp_norm)]
-    for tensor in (base.embed, base.norm, base.head, *vectors, *_parts(bench)):
+    for tensor in (base.embed.values, base.norm, base.head.values, *vectors, *_parts(bench)):
         total.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 

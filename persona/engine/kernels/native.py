@@ -24,6 +24,7 @@ from persona.engine.decoder import Decoder
 from persona.engine.lora import Resident
 from persona.engine.shape import TARGETS
 from persona.engine.weights import Int4, Projection, block
+from persona.engine.words import Words
 
 SOURCE = Path(__file__).with_name("step.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
@@ -40,6 +41,10 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+class _Words(ctypes.Structure):
+    _fields_ = [(name, _Pointer) for name in ("numbers", "codes", "scales")]
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [(name, _Pointer) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")] + [
         (target, _Matrix) for target in TARGETS
@@ -49,7 +54,9 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = [
         *((name, _Int) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "intermediate", "vocab")),
-        *((name, _Pointer) for name in ("layer", "embed", "head", "norm", "cos", "sin", "cache")),
+        ("layer", _Pointer),
+        *((name, _Words) for name in ("embed", "head")),
+        *((name, _Pointer) for name in ("norm", "cos", "sin", "cache")),
         ("size", _Int),
         ("eps", ctypes.c_double),
     ]
@@ -124,14 +131,13 @@ class NativeSteps:
         assert fits(decoder, cache)
         self._code = ctypes.CDLL(str(path))
         self._code.scratch_bytes.restype = _Int
-        decoder.narrow()
         self._decoder, self._cache, shape, self._dtype = decoder, cache, decoder.shape, decoder.dtype
         cos, sin = decoder.turns(torch.arange(context))
         self._kept: list[object] = [cos, sin]  # what the model points to, beside the decoder and the cache
         self._layers = (_Layer * shape.layers)(*(self._layer(decoder, index) for index in range(shape.layers)))
         self._model = _Model(
             shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate, shape.vocab,
-            ctypes.addressof(self._layers), decoder.embed.data_ptr(), decoder.head.data_ptr(), decoder.norm.data_ptr(),
+            ctypes.addressof(self._layers), _words(decoder.embed), _words(decoder.head), decoder.norm.data_ptr(),
             cos.data_ptr(), sin.data_ptr(), cache.memory.bytes.data_ptr(), cache.size, shape.eps,
         )  # fmt: skip
         for layer, known in zip(decoder.layers, self._layers, strict=True):
@@ -196,6 +202,12 @@ class NativeSteps:
         return values.data_ptr()
 
 
+def _words(words: Words) -> _Words:
+    if words.scales is None:
+        return _Words(words.values.data_ptr(), None, None)
+    return _Words(None, words.values.data_ptr(), words.scales.data_ptr())
+
+
 def _table(adapter: Resident) -> int:
     assert adapter.table is not None, "an adapter that was not promoted"
     return adapter.table.data_ptr()
@@ -222,5 +234,6 @@ def fits(decoder: Decoder, cache: KvCache) -> bool:
         decoder.device.type == "cpu"
         and all(size % 32 == 0 for size in sizes)
         and shape.head_dim % 16 == 0
+        and decoder.embed.dtype == decoder.head.dtype == torch.bfloat16
         and all(isinstance(p, Int4) for layer in decoder.layers for p in layer.projections.values())
     )

@@ -33,6 +33,7 @@
 
 #define GROUP 32
 #define MOST_RANK 256
+#define SPELT 8 /* words of the head at a time */
 #if BLOCK == 64 && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define PAIRS 1 /* rows are multiplied in bf16 */
 #define TILE 6  /* rows at a time: 24 of 32 registers hold sums */
@@ -61,6 +62,12 @@ typedef struct {
     int64_t out, in, padded;
 } matrix;
 
+typedef struct { /* the vocabulary's vectors */
+    const uint16_t *numbers; /* bf16 [vocab, hidden], or null: then */
+    const int8_t *codes;     /* [vocab, hidden], groups of 32 with */
+    const float *scales;     /* [vocab, hidden / 32] */
+} words;
+
 typedef struct {
     const float *attn_norm, *mlp_norm, *q_norm, *k_norm; /* the last two may be null */
     matrix qkv, o, gate_up, down;
@@ -69,7 +76,7 @@ typedef struct {
 typedef struct {
     int64_t layers, hidden, heads, kv_heads, dim, intermediate, vocab;
     const layer *layer;
-    const uint16_t *embed, *head;     /* bf16 [vocab, hidden] */
+    words embed, head;
     const float *norm;                /* [hidden] */
     const float *cos, *sin;           /* [context, dim / 2], scaled */
     cell *cache;                      /* [pages, layers, 2, size, kv_heads, dim] */
@@ -108,8 +115,8 @@ static const int64_t *factor_of(const step *s, int64_t r, int64_t line) { /* add
 static int64_t stride_of(const model *m, const step *s) { return (s->width * m->size + 15) / 16 * 16; }
 
 static int64_t own_floats(const model *m, const step *s) {
-    int64_t attention = m->heads / m->kv_heads * (stride_of(m, s) + m->dim);
-    return (most(attention, s->rows * BLOCK + GROUP * BLOCK) + 31) / 16 * 16;
+    int64_t attention = m->heads / m->kv_heads * (stride_of(m, s) + m->dim), spelt = SPELT * m->hidden / 2;
+    return (most(most(attention, spelt), s->rows * BLOCK + GROUP * BLOCK) + 31) / 16 * 16;
 }
 
 static uint8_t *laid_out(const model *m, const step *s, state *a) {
@@ -163,6 +170,28 @@ static inline uint16_t rounded(float value) { /* to the nearest bf16, ties to ev
     union { float f; uint32_t u; } both = {.f = value};
     if (value != value) return 0x7fc0;
     return (both.u + 0x7fff + ((both.u >> 16) & 1)) >> 16;
+}
+
+/* The vectors of `count` words from `word` on, in bf16: where they stand, or written out into `room`. */
+static const uint16_t *vectors(const words *w, int64_t hidden, int64_t word, int64_t count, uint16_t *room) {
+    if (w->numbers) return w->numbers + word * hidden;
+    const int8_t *codes = w->codes + word * hidden;
+    const float *scales = w->scales + word * hidden / GROUP;
+    for (int64_t g = 0; g < count * hidden / GROUP; g++) {
+        const int8_t *from = codes + g * GROUP;
+        uint16_t *to = room + g * GROUP;
+#if PAIRS
+        __m512 scale = _mm512_set1_ps(scales[g]);
+        __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+        __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + 16)));
+        __m512bh both = _mm512_cvtne2ps_pbh(
+            _mm512_mul_ps(_mm512_cvtepi32_ps(high), scale), _mm512_mul_ps(_mm512_cvtepi32_ps(low), scale));
+        _mm512_storeu_si512(to, (__m512i)both);
+#else
+        for (int i = 0; i < GROUP; i++) to[i] = rounded(from[i] * scales[g]);
+#endif
+    }
+    return room;
 }
 
 static inline float total(v16 v) {
@@ -593,9 +622,9 @@ static void attended(const model *m, const step *s, const state *a, int64_t inde
 /* — the head — */
 
 static inline __attribute__((always_inline)) void voiced(
-    const int rows, const int words, const model *m, const step *s, const state *a, int64_t row, int64_t word) {
-    v16 sum[4][8]; /* of rows row… of those that speak, which stand first now */
-    const uint16_t *head = m->head + word * m->hidden;
+    const int rows, const int words, const uint16_t *head, const model *m, const step *s, const state *a, int64_t row,
+    int64_t word) {
+    v16 sum[4][SPELT]; /* of rows row… of those that speak, which stand first now · head: of `words` words from word on */
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < words; w++) sum[r][w] = all(0);
 #if PAIRS
@@ -625,16 +654,17 @@ static void spoken(const model *m, const step *s, const state *a, int64_t n) { /
     narrowed(x, m->hidden, a->narrow + n * a->wide, a->sums + n * (a->wide / GROUP));
 }
 
-static void voice(const model *m, const step *s, const state *a, int64_t word, int64_t last) {
-    for (; word < last; word += 8) {
-        int64_t row = 0, words = last - word;
-        for (; words >= 8 && row + 4 <= s->spoken; row += 4) {
-            voiced(4, 4, m, s, a, row, word);
-            voiced(4, 4, m, s, a, row, word + 4);
+static void voice(const model *m, const step *s, const state *a, int64_t word, int64_t last, float *own) {
+    for (; s->spoken && word < last; word += SPELT) {
+        int64_t row = 0, words = last - word < SPELT ? last - word : SPELT;
+        const uint16_t *head = vectors(&m->head, m->hidden, word, words, (uint16_t *)own), *half = head + SPELT / 2 * m->hidden;
+        for (; words == SPELT && row + 4 <= s->spoken; row += 4) {
+            voiced(4, SPELT / 2, head, m, s, a, row, word);
+            voiced(4, SPELT / 2, half, m, s, a, row, word + SPELT / 2);
         }
         for (; row < s->spoken; row++)
-            if (words >= 8) voiced(1, 8, m, s, a, row, word);
-            else for (int64_t w = 0; w < words; w++) voiced(1, 1, m, s, a, row, word + w);
+            if (words == SPELT) voiced(1, SPELT, head, m, s, a, row, word);
+            else for (int64_t w = 0; w < words; w++) voiced(1, 1, head + w * m->hidden, m, s, a, row, word + w);
     }
 }
 
@@ -680,9 +710,10 @@ int run(const model *m, const step *s) {
         int64_t from = s->rows * thread / threads, to = s->rows * (thread + 1) / threads;
         int64_t items = s->rows * m->kv_heads;
         float *own = a.own + thread * own_floats(m, s);
-        for (int64_t r = from; r < to; r++)
-            for (int64_t i = 0; i < m->hidden; i += 16)
-                put(a.h + r * m->hidden + i, half(m->embed + s->tokens[r] * m->hidden + i));
+        for (int64_t r = from; r < to; r++) {
+            const uint16_t *embedded = vectors(&m->embed, m->hidden, s->tokens[r], 1, (uint16_t *)own);
+            for (int64_t i = 0; i < m->hidden; i += 16) put(a.h + r * m->hidden + i, half(embedded + i));
+        }
         for (int64_t index = 0; index < m->layers; index++) {
             const layer *l = m->layer + index;
             for (int64_t r = from; r < to; r++) {
@@ -724,7 +755,7 @@ int run(const model *m, const step *s) {
         }
         for (int64_t n = s->spoken * thread / threads; n < s->spoken * (thread + 1) / threads; n++) spoken(m, s, &a, n);
 #pragma omp barrier
-        voice(m, s, &a, m->vocab * thread / threads, m->vocab * (thread + 1) / threads);
+        voice(m, s, &a, m->vocab * thread / threads, m->vocab * (thread + 1) / threads, own);
     }
     return 0;
 }

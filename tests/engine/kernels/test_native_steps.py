@@ -24,6 +24,7 @@ from persona.engine.runner import Runner
 from persona.engine.scheduler import Plan, Segment, Sequence
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import Int4
+from persona.engine.words import Words
 
 PAGE, PAGES, CONTEXT = 16, 64, 256
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)  # tokens of each sequence, the last one not computed yet
@@ -97,6 +98,12 @@ def adapter(shape: Shape, rank: int, dtype: torch.dtype) -> Resident | None:
     return lora.resident(factors, shape.layers)
 
 
+def eight_bits(vocab: int, hidden: int, seed: int) -> Words:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (vocab, hidden), dtype=torch.int8, generator=generator)
+    return Words(codes, torch.rand(vocab, hidden // 32, generator=generator).half().float() / 500)
+
+
 ALL = list(range(len(LENGTHS)))
 
 
@@ -113,6 +120,19 @@ def test_a_step_is_that_of_plain_torch(models: Models, kind: str, way: str) -> N
     kept = torch.isfinite(cache)
     assert (world.written.view(torch.float32)[kept] - cache[kept]).abs().max() < tolerance
     assert torch.isfinite(world.written.view(torch.float32)).equal(kept)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["llama", "llama-untied"])
+def test_words_in_eight_bits_are_those_in_bf16(models: Models, kind: str, way: str) -> None:
+    world = World(models, kind)
+    shape, tied = world.decoder.shape, world.decoder.shape.tied
+    compact = [eight_bits(shape.vocab, shape.hidden, seed) for seed in (1, 2)]
+    world.decoder.embed, world.decoder.head = compact[0], compact[0 if tied else 1]
+    found = world.logits(world.steps(*WAYS[way]), ALL)
+    numbers = [Words(one[:]) for one in compact]
+    world.decoder.embed, world.decoder.head = numbers[0], numbers[0 if tied else 1]
+    assert torch.equal(world.logits(world.steps(*WAYS[way]), ALL), found)
 
 
 @pytest.mark.parametrize("way", WAYS)
