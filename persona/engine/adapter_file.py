@@ -71,6 +71,14 @@ class Adapter:
             return _stacked(self.tensors, layer, target, shape)
         return self._scaled(layer, target)
 
+    def stacked(self, target: str) -> tuple[Array, Array]:
+        """All layers of the sparse form: A [layers, rank, in] and B [layers, out, rank] (scale included), fp32."""
+        a, b = self.tensors[f"{target}.A"], self.tensors[f"{target}.B"]
+        return (
+            a.astype(np.float32) * self.tensors[f"{target}.A.scale"][:, :, None],
+            b.astype(np.float32) * self.tensors[f"{target}.B.scale"][:, None] * np.float32(self.header.scale),
+        )
+
     def _scaled(self, layer: int, target: str) -> tuple[Array, Array] | None:
         pair = self.values(layer, target)
         return None if pair is None else (pair[0], pair[1] * np.float32(self.header.scale))
