@@ -4,8 +4,12 @@ A sequence reserves pages for its prompt and its longest reply, and holds its ad
 one never waits for memory; what an earlier one of the same user and version left behind is not computed again
 (prefix.py). Chat goes before scoring; who is next among users says waiting.py. Every step decodes all running rows and
 prefills at most `prefill_tokens` prompt tokens beside them; what is only computed for later waits for an idle step.
+
+Where several users come, one who has most of what runs leaves the others room to begin soon: some places, short steps
+(a quarter of `prefill_tokens` for their own prompts), and every second step while a prompt of another is computed.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,6 +22,8 @@ from persona.engine.shelf import Absent, Lease, Shelf
 from persona.engine.waiting import GENERATED, Shares, WaitingRoom
 
 AHEAD = 64  # tokens of a silent sequence in one step
+KEPT = 1 / 8  # of the running places, which no single user gets where there are others
+HEAVY = 4  # sequences that a user runs, at least, who is to leave others room
 
 
 @dataclass(eq=False, slots=True)
@@ -104,6 +110,7 @@ class Scheduler:
         self.shares = Shares()
         self._waiting = WaitingRoom[Sequence](self.shares), WaitingRoom[Sequence](Shares())  # chat, background
         self._running: list[Sequence] = []
+        self._rested = False  # whether the heavy user sat out the last step
 
     @property
     def running(self) -> int:
@@ -163,8 +170,14 @@ class Scheduler:
         self._adapters.shelf.expect(s.adapter for s in self._near() if s.adapter is not None)
         if self._admit(admitted, refused):
             self._prefetch()
+        heavy = self._heavy()
         decode = [s for s in self._running if not s.prefilling]
-        segments = list(self._segments(self._prefill_tokens))
+        segments = list(self._segments(self._prefill_tokens, heavy))
+        others = [one for one in segments if one.sequence.user_id != heavy and not one.sequence.background]
+        self._rested = heavy is not None and bool(others) and not self._rested
+        if self._rested:
+            decode = [s for s in decode if s.user_id != heavy]
+            segments = [one for one in segments if one.sequence.user_id != heavy]
         if not decode and not segments:
             segments = list(self._ahead())
         return Plan(decode, segments, admitted, refused)
@@ -208,6 +221,8 @@ class Scheduler:
         for sequence in self._near():
             if len(self._running) == self._max_running:
                 return True
+            if self._has_enough(sequence.user_id):
+                continue
             if sequence.adapter is not None:
                 found = self._adapters.hold(sequence.adapter)
                 if found is Absent.COMING:
@@ -226,6 +241,21 @@ class Scheduler:
                 self._let_go(sequence)
                 return False
         return True
+
+    def _has_enough(self, user_id: int) -> bool:
+        """Whether the places left are for others."""
+        if not user_id or self.shares.alone(user_id):
+            return False
+        mine = sum(1 for s in self._running if s.user_id == user_id)
+        return mine >= self._max_running - int(KEPT * self._max_running)
+
+    def _heavy(self) -> int | None:
+        """The user who has most of what runs, if others may want to begin."""
+        users = Counter(s.user_id for s in self._running if s.user_id and not s.background)
+        for user_id, count in users.most_common(1):
+            if count >= HEAVY and 2 * count > len(self._running) and not self.shares.alone(user_id):
+                return user_id
+        return None
 
     def _prefetch(self) -> None:
         """Load the adapters of those whose turn is near, as far as there is room beside each other's."""
@@ -268,13 +298,17 @@ class Scheduler:
             else:
                 sequence.blocks.append(block)
 
-    def _segments(self, budget: int) -> Iterator[Segment]:
-        """Chat first, who has had least before others, then scoring; among equals in order of admission."""
+    def _segments(self, budget: int, heavy: int | None) -> Iterator[Segment]:
+        """Chat first, who has had least before others, then scoring; among equals in order of admission. `heavy` has a
+        part of the budget."""
+        theirs = budget // 4
         waiting = [sequence for sequence in self._running if sequence.prefilling and not sequence.silent]
         for sequence in sorted(waiting, key=lambda s: (s.background, 0.0 if s.background else self.shares[s.user_id])):
-            if budget:
-                end = min(sequence.prompt, sequence.computed + budget)
+            mine = heavy is not None and sequence.user_id == heavy
+            if most := min(budget, theirs) if mine else budget:
+                end = min(sequence.prompt, sequence.computed + most)
                 budget -= end - sequence.computed
+                theirs -= (end - sequence.computed) * mine
                 yield Segment(sequence, sequence.computed, end)
 
     def _ahead(self) -> Iterator[Segment]:

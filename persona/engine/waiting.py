@@ -37,6 +37,10 @@ class Shares:
     def __getitem__(self, user_id: int) -> float:
         return self._served.get(user_id, 0.0)
 
+    def alone(self, user_id: int) -> bool:
+        """Whether nobody else has come for as long as counters are kept."""
+        return not any(other and other != user_id for other in self._served)
+
     def come(self, user_id: int) -> None:
         """One more request of the user."""
         if not self._active[user_id]:

@@ -182,6 +182,55 @@ def test_prompts_of_who_had_least_are_computed_first(models: Models) -> None:
     assert len(bench.answers.get(light, [])) == 1
 
 
+def _flooded(models: Models, running: int, flood: int) -> tuple[Bench, list[int]]:
+    """User 1 runs `flood` long replies, and user 2 has been there."""
+    bench = Bench(models, running=running, prefill=32)
+    bench.alone(some_tokens(5), None, 1, user=2)
+    jobs = [bench.generate(some_tokens(8, seed=seed), count=100, user=1) for seed in range(flood)]
+    while not all(bench.answers.get(job) for job in jobs[: running - running // 8]):
+        bench.work()
+    return bench, jobs
+
+
+def test_one_user_never_has_all_places_where_others_come(models: Models) -> None:
+    bench, _ = _flooded(models, running=8, flood=12)
+    bench.work(3)
+    assert (bench.health().running, bench.health().waiting) == (7, 5)
+    light = bench.generate(some_tokens(20, seed=99), count=4, user=2)
+    bench.work(2)
+    assert bench.answers[light]
+    alone = Bench(models, running=8)
+    for seed in range(12):
+        alone.generate(some_tokens(8, seed=seed), count=100, user=1)
+    alone.work(9)
+    assert alone.health().running == 8
+
+
+def test_who_has_most_of_what_runs_sits_out_every_second_step_of_anothers_prompt(models: Models) -> None:
+    bench, jobs = _flooded(models, running=8, flood=5)
+
+    def generated(*which: int) -> int:
+        return sum(bench.loop._jobs[job].generated for job in which)
+
+    light, before = bench.generate(some_tokens(20 + 32 + 32, seed=99), count=4, user=2), generated(*jobs)
+    grown = []
+    while not generated(light):
+        bench.work()
+        grown.append(generated(*jobs) - before)
+    assert grown == [0, 5, 5]
+    bench.finish()
+    assert all(bench.end(job) == "length" for job in jobs)
+
+
+def test_prompts_of_who_has_most_of_what_runs_come_in_short_steps(models: Models) -> None:
+    bench, _ = _flooded(models, running=8, flood=5)
+    another, steps = bench.generate(some_tokens(96, seed=99), count=1, user=1), 0
+    while not bench.answers.get(another):
+        bench.work()
+        steps += 1
+    assert steps == 12  # of 8 tokens each, a quarter of what others get
+
+
 def test_a_flood_fills_the_room_and_others_still_get_in(models: Models) -> None:
     bench = Bench(models, running=1, waiting=4)
     first = bench.generate(some_tokens(10), count=30, user=1)
