@@ -144,9 +144,12 @@ class Measured:
 class Run:
     """One measurement; `found` holds what has come of it, also when it is cancelled."""
 
-    def __init__(self, target: Target, model: str, wording: Wording, workload: Workload, clients: int) -> None:
+    def __init__(
+        self, target: Target, model: str, wording: Wording, workload: Workload, clients: int, number: int = 0
+    ) -> None:
+        """number: of this measurement on one service: each has words of its own, which no cache has seen."""
         self._target, self._model, self._wording = target, model, wording
-        self._workload, self._clients = workload, clients
+        self._workload, self._clients, self._number = workload, clients, number
         self.found = Measured()
         self._began = 0.0
 
@@ -190,7 +193,7 @@ class Run:
     async def _one(self, request: Request, start: float) -> None:
         self.found.sent += 1
         outcome = Outcome(request, start)
-        text = self._wording.text(request.prompt, request.seed)
+        text = self._wording.text(request.prompt, request.seed + self._number * 2**32)
         await self._target.ask(self._model, text, outcome, self._began)
         self.found.outcomes.append(outcome)
 

@@ -129,8 +129,8 @@ async def _measure(configuration: Settings, wishes: Wishes, found: Found) -> Non
             wordings[side.name] = await measured.target.wording(side.model, side.workload)
             await _warm(measured.target, side, wordings[side.name])
         for number in range(wishes.rounds):
-            for side in wishes.sides:
-                run = Run(measured.target, side.model, wordings[side.name], side.workload, wishes.clients)
+            for place, side in enumerate(wishes.sides, number * len(wishes.sides)):
+                run = Run(measured.target, side.model, wordings[side.name], side.workload, wishes.clients, place)
                 try:
                     await run.go(wishes.limit)
                 finally:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from persona.engine import adapter_file, checkpoint_file, device, prepare, random_adapter, slices
+from persona.engine import adapter_file, checkpoint_file, device, prepare, random_adapter
 from persona.engine.client import LocalEngine
 from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, ScoreRequest, TrainRequest
 from persona.engine.shape import TARGETS, Shape
@@ -196,18 +196,17 @@ async def training_kept(engine: LocalEngine, out: Path, rounds: int) -> None:
             alone, _ = await measured(asyncio.sleep(8, 0.0))
             for name, rest in (("half", 1.0), ("always", 0.0)):
                 kept, busy = await measured(serve(seed, rest))
-                found[name].append(kept / alone / (1 - busy + slices.SHARE * busy))
+                found[name].append(kept / alone / (1 - busy + 0.09 * busy))
     told = {name: round(statistics.median(values), 2) for name, values in found.items()}
     report("M9 training kept, of what M8 leaves", busy=told, spread={k: [min(v), max(v)] for k, v in found.items()})
 
 
 async def memory(engine: LocalEngine, out: Path) -> None:
-    """What the engine has in RAM before and during a training, beside a stream."""
+    """What the engine has in RAM after a stream, and what a training adds to that."""
     await stream(engine, STREAM, 1)
     before, most = await engine.health(), 0
     async with training(engine, out, 400):
-        task = asyncio.create_task(stream(engine, STREAM, 2))
-        while not task.done():
+        for _ in range(200):
             most = max(most, (await engine.health()).memory)
             await asyncio.sleep(0.05)
     grown = most - before.memory

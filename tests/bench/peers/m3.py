@@ -94,7 +94,7 @@ def chosen(options: argparse.Namespace) -> list[Peer]:
         "peft-batch": lambda: PeftBatch(getattr(torch, options.peft_dtype)),
         "peft-swap": lambda: PeftSwap(getattr(torch, options.peft_dtype)),
         "llama.cpp": lambda: LlamaCpp(options.llama_server, options.llama_convert, sys.executable),
-        "vllm": lambda: Vllm(options.vllm),
+        "vllm": lambda: Vllm(options.vllm, options.vllm_dtype),
     }
     names = options.peers.split(",")
     if unknown := set(names) - set(known):
@@ -114,6 +114,7 @@ async def main() -> None:
     parser.add_argument("--llama-server", default="llama-server")
     parser.add_argument("--llama-convert", default="convert_lora_to_gguf.py")
     parser.add_argument("--vllm", default="vllm")
+    parser.add_argument("--vllm-dtype", choices=("float32", "bfloat16"), default="bfloat16", help="the quicker one")
     options = parser.parse_args()
     peers, settings = chosen(options), load()
     form = device.choose(settings.model).weights

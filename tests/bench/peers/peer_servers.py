@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 from peer import Setup, free_port
@@ -16,12 +17,15 @@ _START = 600  # seconds that loading may take
 class Server:
     """A child process; everybody asks it at once."""
 
+    environment: ClassVar[dict[str, str]] = {}
+
     async def start(self, setup: Setup) -> None:
         self._setup, self._url = setup, f"http://127.0.0.1:{(port := free_port())}"
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
         command = await self.command(port)
         with (setup.folder / f"{type(self).__name__}.log").open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+            environment = os.environ | self.environment
+            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, env=environment)
         async with asyncio.timeout(_START):
             while not await self._healthy():
                 assert self._process.returncode is None, "the server ended while it was loading"
@@ -94,20 +98,21 @@ class LlamaCpp(Server):
 
 
 class Vllm(Server):
-    """`vllm serve` of an environment of its own, on the CPU (docs.vllm.ai, «LoRA Adapters»). Not run here.
+    """`vllm serve` of an environment of its own, on the CPU (docs.vllm.ai, «LoRA Adapters»).
 
     Every adapter is registered under a name, which requests give as their model.
     """
 
     name = "vllm"
+    environment: ClassVar[dict[str, str]] = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB
 
-    def __init__(self, program: str) -> None:
-        self._program = program
+    def __init__(self, program: str, dtype: str) -> None:
+        self._program, self._dtype = program, dtype
 
     async def command(self, port: int) -> list[str]:
         setup = self._setup
         rank = next(rank for rank in (8, 16, 32, 64) if rank >= setup.plan.rank)  # ranks that it knows
-        words = [self._program, "serve", str(setup.checkpoint), "--port", str(port), "--dtype", "float32"]
+        words = [self._program, "serve", str(setup.checkpoint), "--port", str(port), "--dtype", self._dtype]
         words += ["--enable-lora", "--max-loras", str(setup.users), "--max-lora-rank", str(rank)]
         words += ["--max-num-seqs", str(setup.users), "--max-model-len", "4096"]
         return [*words, "--lora-modules", *(f"user-{user}={folder}" for user, folder in enumerate(setup.peft))]
