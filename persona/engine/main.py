@@ -159,7 +159,7 @@ class Loader:
     """A thread that loads adapters beside the steps, and wakes the loop when it has."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=weights.on_one_core)
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
 
     def __call__(self, work: Callable[[], None]) -> None:

@@ -11,6 +11,8 @@ On the CPU Int4 keeps only the layout of torch's kernel. For many rows it unpack
     byte j of (block, k)            low nibble: row j, high nibble: row j + B/2
 """
 
+import contextlib
+import ctypes
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -210,6 +212,14 @@ def _unpack(packed: torch.Tensor, block: int, dtype: torch.dtype = torch.uint8) 
     codes[..., : block // 2] = (blocks & 15).transpose(0, 1)
     codes[..., block // 2 :] = (blocks >> 4).transpose(0, 1)
     return codes.view(blocks.shape[1], -1)
+
+
+def on_one_core() -> None:
+    """Let this thread compute without a team. A second team beside that of the steps is more threads than cores: OpenMP
+    then lets those of the steps sleep at every barrier, and steps take twice as long from then on."""
+    torch.get_num_threads()  # torch sets a thread's number when it is first asked, and only then
+    with contextlib.suppress(AttributeError):  # another OpenMP than torch's on Linux
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 def threads(wanted: int) -> int:

@@ -1,5 +1,8 @@
 """Projections: every form computes with exactly the matrix that `dense` writes out, whoever stands in the batch."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,3 +118,25 @@ def test_no_projection_asks_for_a_gradient_of_its_own(form: str) -> None:
 def test_threads_are_all_cores_unless_told() -> None:
     assert weights.threads(3) == 3
     assert weights.threads(0) >= 1
+
+
+def test_a_thread_of_its_own_computes_without_a_team() -> None:
+    """In a process of its own: a team, once there, stays."""
+    program = """if True:
+        import os, torch
+        from concurrent.futures import ThreadPoolExecutor
+        from persona.engine.weights import on_one_core
+        torch.set_num_threads(2)
+        x = torch.ones(1 << 20)
+        x.bfloat16()
+        def work():
+            before = len(os.listdir("/proc/self/task"))
+            x.bfloat16()
+            return torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before
+        for initializer in (on_one_core, None):
+            with ThreadPoolExecutor(1, initializer=initializer) as thread:
+                print(*thread.submit(work).result())
+        print(torch.get_num_threads())
+    """
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["1", "0", "2", "1", "2"]
