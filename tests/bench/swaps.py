@@ -31,7 +31,7 @@ from persona.errors import PersonaError
 from persona.settings import Settings, load
 
 STRONG = Plan(alpha=600.0)  # so strong that each version says something else
-BEGINNING, ENDINGS, REPLY = 40, 3, 6  # tokens, prompts of a user, tokens
+BEGINNING, ENDINGS, REPLY = 40, 6, 6  # tokens, prompts of a user, tokens
 
 
 @dataclass
@@ -81,8 +81,20 @@ async def alone(engine: LocalEngine, refs: list[AdapterRef]) -> dict[tuple[Adapt
     return found
 
 
+def telling_endings(refs: list[AdapterRef], wanted: dict[tuple[AdapterRef, int], str]) -> list[int]:
+    """Prompts to which each version says something else: elsewhere a mixed reply would not show."""
+    found = [ending for ending in range(ENDINGS) if len({wanted[ref, ending] for ref in refs}) == len(refs)]
+    assert len(found) > 1, "the versions say the same to most prompts"
+    return found
+
+
 async def one_user(
-    engine: LocalEngine, refs: list[AdapterRef], wanted: dict[tuple[AdapterRef, int], str], told: Told, flips: int
+    engine: LocalEngine,
+    refs: list[AdapterRef],
+    endings: list[int],
+    wanted: dict[tuple[AdapterRef, int], str],
+    told: Told,
+    flips: int,
 ) -> None:
     running: set[asyncio.Task[None]] = set()
 
@@ -104,8 +116,8 @@ async def one_user(
         told.flips += 1
         if number % 4 == 0:
             if number % 8 == 0:
-                await ask(ref, number % ENDINGS)  # and the next one finds its beginning
-            running.add(task := asyncio.create_task(ask(ref, (number + 1) % ENDINGS)))
+                await ask(ref, endings[number % len(endings)])  # and the next one finds its beginning
+            running.add(task := asyncio.create_task(ask(ref, endings[(number + 1) % len(endings)])))
             task.add_done_callback(running.discard)
         if len(running) >= 4:  # replies of two versions and more are under way at once
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -130,13 +142,15 @@ async def measure(settings: Settings, prepared: prepare.Prepared, asked: argpars
         folder = Path(scratch)
         users = [versions(folder, prepared, user, asked.versions) for user in range(1, asked.users + 1)]
         wanted = await alone(engine, [ref for refs in users for ref in refs])
-        for refs in users:
-            for ending in range(ENDINGS):
-                said = {wanted[ref, ending] for ref in refs}
-                assert len(said) == len(refs), "two versions say the same: a mixed reply would not show"
+        telling = [telling_endings(refs, wanted) for refs in users]
         beside = [asyncio.create_task(work) for work in (train(engine, folder), base_replies(engine))]
         told, share = Told(), -(-asked.flips // len(users))
-        await asyncio.gather(*(one_user(engine, refs, wanted, told, share) for refs in users))
+        await asyncio.gather(
+            *(
+                one_user(engine, refs, endings, wanted, told, share)
+                for refs, endings in zip(users, telling, strict=True)
+            )
+        )
         told.seconds += time.perf_counter()
         for task in beside:
             task.cancel()
