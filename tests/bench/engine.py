@@ -213,6 +213,42 @@ async def memory(engine: LocalEngine, out: Path) -> None:
     report("M14 memory", base_bytes=before.base_bytes, serving=before.memory, training=most, grown=grown)
 
 
+async def beside_a_flood(engine: LocalEngine, streams: int = 60) -> None:
+    """First tokens of one user, alone and beside `streams` of another: prompts of 64 to 256 tokens, replies of 40."""
+    seeds, lengths = itertools.count(), np.random.default_rng(3)
+
+    async def one(user: int, reply: int) -> float:
+        started = time.perf_counter()
+        sampling = Sampling(max_tokens=reply, temperature=0.0, ignore_eos=True)
+        request = GenerateRequest(prompt(next(seeds), int(lengths.integers(64, 257))), sampling, None, user)
+        async with aclosing(engine.generate(request)) as chunks:  # type: ignore[type-var]
+            times = [time.perf_counter() - started async for _ in chunks]
+        return times[0]
+
+    async def ever() -> None:
+        while True:
+            await one(1, 40)
+
+    await one(2, 8)
+    alone = [await one(2, 8) for _ in range(30)]
+    flood = [asyncio.create_task(ever()) for _ in range(streams)]
+    await asyncio.sleep(8)
+    beside = []
+    for _ in range(30):
+        beside.append(await one(2, 8))
+        await asyncio.sleep(1)
+    for task in flood:
+        task.cancel()
+    await asyncio.wait(flood)
+    told = {"alone_ms": [1000 * value for value in alone], "beside_ms": [1000 * value for value in beside]}
+    marks = {
+        name: {"p50": np.percentile(v, 50).round(), "p95": np.percentile(v, 95).round()} for name, v in told.items()
+    }
+    report(
+        "first token beside a flood", **marks, ratio_p95=round(marks["beside_ms"]["p95"] / marks["alone_ms"]["p95"], 2)
+    )
+
+
 async def cold_adapters(settings: Settings, prepared: prepare.Prepared, refs: list[AdapterRef]) -> None:
     """First token of an adapter that is on disk, or only in RAM, over a second one of the same: in pairs."""
     small = settings.engine.model_copy(update={"memory_mb": 64, "host_mb": 1024})
@@ -312,6 +348,7 @@ async def main() -> None:
             "training alone": training_alone(engine, folder),
             "state": keeping_the_state(engine, prepared, folder),
             "scoring": scoring(engine, refs),
+            "flood": beside_a_flood(engine),
             "kept": training_kept(engine, folder, options.rounds),
             "memory": memory(engine, folder),
             "gaps": training_beside_serving(engine, folder, options.rounds),
