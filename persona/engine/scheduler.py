@@ -299,11 +299,14 @@ class Scheduler:
                 sequence.blocks.append(block)
 
     def _segments(self, budget: int, heavy: int | None) -> Iterator[Segment]:
-        """Chat first, who has had least before others, then scoring; among equals in order of admission. `heavy` has a
-        part of the budget."""
+        """Chat first, who has had least before others, then scoring; among equals in order of admission. The prompts of
+        `heavy` come after other chats and have a part of the budget."""
         theirs = budget // 4
-        waiting = [sequence for sequence in self._running if sequence.prefilling and not sequence.silent]
-        for sequence in sorted(waiting, key=lambda s: (s.background, 0.0 if s.background else self.shares[s.user_id])):
+
+        def turn(one: Sequence) -> tuple[bool, bool, float]:
+            return one.background, one.user_id == heavy, 0.0 if one.background else self.shares[one.user_id]
+
+        for sequence in sorted((s for s in self._running if s.prefilling and not s.silent), key=turn):
             mine = heavy is not None and sequence.user_id == heavy
             if most := min(budget, theirs) if mine else budget:
                 end = min(sequence.prompt, sequence.computed + most)
