@@ -192,12 +192,12 @@ class Finetune:
             for sample in data.examples
         ]
         await self._runs.set_examples(run.id, rows)
-        wanted = plans.plan(self._settings.learning, data.passes)
+        first = ref(start) if start else self._prior
+        wanted = plans.plan(self._settings.learning, data.passes, first)
         own = [sample.example for sample in data.examples]
         rehearsed = await self.rehearsal.examples(own, data.watermark)
         folder = await self._adapters.workspace(run.user_id)
         try:
-            first = ref(start) if start else self._prior
             last = await self._follow(run, TrainRequest([*own, *rehearsed], wanted, str(folder), first, str(kept)))
         except BaseException:
             await asyncio.shield(self._adapters.discard(folder))

@@ -11,8 +11,9 @@ from persona.settings import Learning
 NOBODY = 0  # user id of a prior
 
 
-def plan(learning: Learning, passes: int) -> Plan:
-    """How the settings want a run of so many passes."""
+def plan(learning: Learning, passes: int, start: AdapterRef | None = None) -> Plan:
+    """How the settings want a run of so many passes from `start`, or from nothing."""
+    from_prior = start is not None and start.user_id == NOBODY
     return Plan(
         rank=learning.rank,
         alpha=learning.alpha,
@@ -21,7 +22,7 @@ def plan(learning: Learning, passes: int) -> Plan:
         batch_tokens=learning.batch_tokens,
         least_steps=learning.least_steps,
         slice_tokens=learning.slice_tokens,
-        learning_rate=learning.learning_rate,
+        learning_rate=learning.prior_rate if from_prior else learning.learning_rate,
         max_tokens=learning.max_run_tokens,
     )
 

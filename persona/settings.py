@@ -125,6 +125,9 @@ class Learning(Section):
     layers: float = Field(0.9, gt=0, le=1, description="share of the layers, from the top, that an adapter changes")
     passes: int = Field(2, ge=1, description="times the examples are seen in one run")
     learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
+    prior_rate: float = Field(
+        1e-3, gt=0, description="the same of a run that starts from the prior, which a larger one would undo"
+    )
     prior: str = Field("", description="folder of an adapter from which users start (persona prior train); empty: none")
     batch_tokens: int = Field(160, ge=16, description="own tokens per optimizer step, at most")
     least_steps: int = Field(

@@ -12,10 +12,12 @@ from histories import own
 from structlog.testing import capture_logs
 from world import Tell, World
 
+from jobs import plans
 from persona.domain import EntryId, Frame, Message, Role, RunState, User, Version, VersionState
 from persona.engine.protocol import AdapterRef, Progress, ScoreRequest, TrainRequest, ref
 from persona.engine.scripted import ScriptedEngine
 from persona.errors import AdapterError, Busy, EngineDown, NotFound, StorageFull, TrainingFailed
+from persona.settings import Learning
 
 
 async def test_a_run_ends_with_a_serving_version(world: World, ann: User, tell: Tell) -> None:
@@ -65,6 +67,13 @@ async def test_the_plan_comes_from_the_settings(world: World, ann: User, tell: T
     )
     assert plan.max_tokens == wanted.max_run_tokens
     assert plan.seed == 0  # one A before training for all users
+
+
+def test_a_run_from_the_prior_has_a_rate_of_its_own() -> None:
+    learning = Learning(learning_rate=3e-3, prior_rate=1e-3)
+    prior, version = AdapterRef(plans.NOBODY, 0, "prior", ""), AdapterRef(7, 1, "version", "")
+    rates = [plans.plan(learning, 2, start).learning_rate for start in (None, prior, version)]
+    assert rates == [3e-3, 1e-3, 3e-3]
 
 
 async def test_the_next_run_goes_on_from_the_version_that_serves(world: World, ann: User, tell: Tell) -> None:

@@ -18,7 +18,14 @@ from storage.history import History
 from storage.users import Users
 
 CONTEXTS = (Context("recent", 256), Context("found", 256), Context("recent", 400))
-LEARNING = {"held_out_messages": 6, "held_out_tokens": 30, "min_aged_tokens": 20, "learning_rate": 0.02, "passes": 4}
+LEARNING = {
+    "held_out_messages": 6,
+    "held_out_tokens": 30,
+    "min_aged_tokens": 20,
+    "learning_rate": 0.02,
+    "prior_rate": 0.02,
+    "passes": 4,
+}
 SETTINGS = {
     "model": {"device": "cpu"},
     "engine": {"context": 1024, "memory_mb": 64, "threads": 1},
