@@ -15,6 +15,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import msgspec
@@ -73,11 +74,7 @@ class Adapter:
 
     def stacked(self, target: str) -> tuple[Array, Array]:
         """All layers of the sparse form: A [layers, rank, in] and B [layers, out, rank] (scale included), fp32."""
-        a, b = self.tensors[f"{target}.A"], self.tensors[f"{target}.B"]
-        return (
-            a.astype(np.float32) * self.tensors[f"{target}.A.scale"][:, :, None],
-            b.astype(np.float32) * self.tensors[f"{target}.B.scale"][:, None] * np.float32(self.header.scale),
-        )
+        return self._a(target, ...), self._b(target, ...) * np.float32(self.header.scale)
 
     def _scaled(self, layer: int, target: str) -> tuple[Array, Array] | None:
         pair = self.values(layer, target)
@@ -88,11 +85,15 @@ class Adapter:
         row = layer - self.header.first
         if not 0 <= row < self.header.layers:
             return None
-        a, b = self.tensors[f"{target}.A"][row], self.tensors[f"{target}.B"][row]
-        return (
-            a.astype(np.float32) * self.tensors[f"{target}.A.scale"][row][:, None],
-            b.astype(np.float32) * self.tensors[f"{target}.B.scale"][row],
-        )
+        return self._a(target, row), self._b(target, row)
+
+    def _a(self, target: str, rows: int | EllipsisType) -> Array:
+        codes, scale = self.tensors[f"{target}.A"][rows], self.tensors[f"{target}.A.scale"][rows]
+        return codes.astype(np.float32) * scale[..., :, None]
+
+    def _b(self, target: str, rows: int | EllipsisType) -> Array:
+        codes, scale = self.tensors[f"{target}.B"][rows], self.tensors[f"{target}.B.scale"][rows]
+        return codes.astype(np.float32) * scale[..., None, :]
 
 
 def rounded(target: str, a: Array, b: Array) -> dict[str, Array]:
