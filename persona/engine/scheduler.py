@@ -218,10 +218,11 @@ class Scheduler:
     def _admit(self, admitted: list[Sequence], refused: list[Sequence]) -> bool:
         """In the order of the room. Whose adapter is still on its way is passed over; who needs more pages than are
         left, or whose adapter does, is not, or a large request would starve. Whether there was room for all."""
+        running = Counter(s.user_id for s in self._running)
         for sequence in self._near():
             if len(self._running) == self._max_running:
                 return True
-            if self._has_enough(sequence.user_id):
+            if self._has_enough(sequence.user_id, running[sequence.user_id]):
                 continue
             if sequence.adapter is not None:
                 found = self._adapters.hold(sequence.adapter)
@@ -236,18 +237,17 @@ class Scheduler:
             elif self._reserve(sequence):
                 self._waiting[sequence.background].discard(sequence)
                 self._running.append(sequence)
+                running[sequence.user_id] += 1
                 admitted.append(sequence)
             else:
                 self._let_go(sequence)
                 return False
         return True
 
-    def _has_enough(self, user_id: int) -> bool:
-        """Whether the places left are for others."""
-        if not user_id or self.shares.alone(user_id):
-            return False
-        mine = sum(1 for s in self._running if s.user_id == user_id)
-        return mine >= self._max_running - int(KEPT * self._max_running)
+    def _has_enough(self, user_id: int, running: int) -> bool:
+        """Whether the places left are for others than this user, who runs so many."""
+        most = self._max_running - int(KEPT * self._max_running)
+        return bool(user_id) and running >= most and not self.shares.alone(user_id)
 
     def _heavy(self) -> int | None:
         """The user who has most of what runs, if others may want to begin."""
