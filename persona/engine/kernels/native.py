@@ -133,7 +133,7 @@ class NativeSteps:
         self._code.scratch_bytes.restype = _Int
         self._decoder, self._cache, shape, self._dtype = decoder, cache, decoder.shape, decoder.dtype
         cos, sin = decoder.turns(torch.arange(context))
-        self._kept: list[object] = [cos, sin]  # what the model points to, beside the decoder and the cache
+        self._kept: list[object] = [cos, sin, decoder.embed, decoder.head]  # what the model points to
         self._layers = (_Layer * shape.layers)(*(self._layer(decoder, index) for index in range(shape.layers)))
         self._model = _Model(
             shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate, shape.vocab,
