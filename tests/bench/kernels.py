@@ -173,6 +173,7 @@ class Bare:
 def step() -> None:
     prepared = prepare.fetch(prepare.EMBEDDED, Settings().cache, "int4", lambda _, __: None)
     base = decoder.load(prepared.folder, "int4", "cpu")
+    base.widen()
     run, tokens = Bare(base, 1), torch.tensor([1000])
 
     def forward() -> None:
