@@ -80,24 +80,26 @@ async def gate(
     engine: Serving,
     tokenizer: ChatTokenizer,
     *,
-    candidate: Version,
+    candidates: Sequence[Version],
     serving: Version | None,
     held_out: Sequence[HeldOut],
     recent: Sequence[Entry],
     rehearsal: Rehearsal,
     settings: Settings,
     context: int = 4096,
-) -> Verdict:
-    """Judge `candidate` against `serving` (None: the bare base) on `held_out`.
+) -> list[Verdict]:
+    """Judge each of the `candidates` against `serving` (None: the bare base) on `held_out`.
 
     recent: entries that prompts may quote, ascending · context: tokens that a sequence may have. Raises AdapterError if
     a file cannot be served, Busy if the engine cannot score or generate now.
     """
-    after_side, before_side = side(candidate), side(serving)
     scorer = Scorer(engine, tokenizer, held_out, recent, settings, context)
-    after = await scorer.messages(after_side)
-    before = await scorer.messages(before_side)
-    return judge(before, after, await scorer.cost(after_side.adapter, rehearsal), settings)
+    before = await scorer.messages(side(serving))
+    verdicts = []
+    for mine in map(side, candidates):
+        after = await scorer.messages(mine)
+        verdicts.append(judge(before, after, await scorer.cost(mine.adapter, rehearsal), settings))
+    return verdicts
 
 
 async def cost(

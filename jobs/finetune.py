@@ -10,7 +10,7 @@ import math
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from jobs import dataset, evaluate, live, plans, recovery, retention
 from jobs.rehearsal import Rehearsal
 from persona.domain import ChatTokenizer, EntryId, Run, RunState, User, UserId, Version, VersionState
 from persona.engine.faces import Engine
-from persona.engine.protocol import Progress, TrainRequest, ref
+from persona.engine.protocol import AdapterRef, Progress, TrainRequest, ref
 from persona.errors import AdapterError, NotFound, PersonaError, TrainingFailed
 from persona.settings import Settings
 from storage.adapters import Adapters
@@ -133,8 +133,8 @@ class Finetune:
         if isinstance(data, dataset.Deferred):
             return _Outcome(RunState.DEFERRED, data.reason)
         log.info("→ finetune", user=user.name, run=run.id, examples=len(data.examples), new_tokens=data.new_tokens)
-        candidate = await self._train(run, kept, start, serving, data)
-        verdict = await self._judge(candidate, serving, data)
+        trained = await self._train(run, kept, start, serving, data)
+        candidate, verdict = await self._judge(run, trained, serving, data)
         metrics = {**verdict.metrics(), "examples": len(data.examples), "new_tokens": data.new_tokens}
         state = RunState.KEPT if verdict.keep else RunState.REJECTED
         return _Outcome(state, verdict.reason, candidate, metrics)
@@ -156,7 +156,7 @@ class Finetune:
         return active if active is not None and active.base == self.base_hash() else None
 
     def _continues(self, version: Version) -> bool:
-        """Whether training may go on from `version`: only one of the same shape, made here."""
+        """Whether training may go on from `version`: only one of the same shape, trained here on its user's words."""
         return version.metrics.get("shape") == plans.shape(plans.plan(self._settings.learning, 1))
 
     async def _dataset(self, user: User, start: Version | None, through: EntryId) -> dataset.Dataset | dataset.Deferred:
@@ -214,8 +214,7 @@ class Finetune:
                 "steps": last.steps,
                 "skipped": last.skipped,
                 "training_loss": last.loss,
-                live.THROUGH: _through(run),
-                live.BEFORE: serving.number if serving else 0,
+                **_compared(run, serving),
             },
             plan=msgspec.to_builtins(wanted),
         )
@@ -232,14 +231,20 @@ class Finetune:
                     return _finite(progress)
         raise TrainingFailed("The engine ended the training without a result.")
 
-    async def _judge(self, candidate: Version, serving: Version | None, data: dataset.Dataset) -> evaluate.Verdict:
-        """The gate's verdict. Whatever does not keep the candidate takes its files away."""
+    async def _judge(
+        self, run: Run, trained: Version, serving: Version | None, data: dataset.Dataset
+    ) -> tuple[Version, evaluate.Verdict]:
+        """The best of the candidates, and the gate's verdict on it. Whatever is not kept loses its files."""
+        candidates = [trained]
         try:
-            await self._engine.stage(ref(candidate))
-            verdict = await evaluate.gate(
+            if trained.parent is None and self._prior is not None and not _is(serving, self._prior):
+                candidates.append(await self._adopted(run, self._prior, serving))
+            for candidate in candidates:
+                await self._engine.stage(ref(candidate))
+            verdicts = await evaluate.gate(
                 self._engine,
                 self._tokenizer,
-                candidate=candidate,
+                candidates=candidates,
                 serving=serving,
                 held_out=data.held_out,
                 recent=data.recent,
@@ -247,15 +252,34 @@ class Finetune:
                 settings=self._settings,
                 context=await self._context(),
             )
+            best, verdict = _best(candidates, verdicts)
             if verdict.keep:
-                await self._warmed(candidate)
-            await self._still_wanted(candidate, serving)
+                await self._warmed(best)
+            await self._still_wanted(best, serving)
         except BaseException:
-            await asyncio.shield(self._reject(candidate))
+            await asyncio.shield(self._reject(*candidates))
             raise
-        if not verdict.keep:
-            await self._reject(candidate)
-        return verdict
+        await self._reject(*(each for each in candidates if each is not best or not verdict.keep))
+        return best, verdict
+
+    async def _adopted(self, run: Run, prior: AdapterRef, serving: Version | None) -> Version:
+        """The prior as a candidate of its own, which has absorbed nothing: training must not make it worse."""
+        folder = await self._adapters.workspace(run.user_id)
+        try:
+            await asyncio.to_thread(plans.copy, prior, folder)
+        except BaseException:
+            await asyncio.shield(self._adapters.discard(folder))
+            raise
+        return await self._adapters.publish(
+            run.user_id,
+            folder,
+            watermark=EntryId(0),
+            parent=None,
+            base=self.base_hash(),
+            run_id=None,
+            metrics={"prior": True, **_compared(run, serving)},
+            plan={},
+        )
 
     async def _warmed(self, candidate: Version) -> None:
         """Give the engine time to read live conversations under the candidate, before it serves: idle time only."""
@@ -275,11 +299,12 @@ class Finetune:
         if (now.number if now else None) != (serving.number if serving else None) or candidate.base != self.base_hash():
             raise TrainingFailed("Another version began to serve while this run was training.")
 
-    async def _reject(self, candidate: Version) -> None:
-        try:
-            await self._adapters.reject(candidate.user_id, candidate.number)
-        except PersonaError as error:  # it is no candidate any more, or the start will repair it: never serving
-            log.warning("candidate could not be rejected", version=candidate.number, error=type(error).__name__)
+    async def _reject(self, *candidates: Version) -> None:
+        for candidate in candidates:
+            try:
+                await self._adapters.reject(candidate.user_id, candidate.number)
+            except PersonaError as error:  # it is no candidate any more, or the start will repair it: never serving
+                log.warning("candidate could not be rejected", version=candidate.number, error=type(error).__name__)
 
     async def _close(self, run: Run, outcome: _Outcome) -> Run:
         """Record the end of a run; then nobody goes on from its state any more."""
@@ -319,6 +344,24 @@ class Finetune:
 
 async def _nothing(user: User, version: Version) -> None:
     pass
+
+
+def _best(candidates: list[Version], verdicts: list[evaluate.Verdict]) -> tuple[Version, evaluate.Verdict]:
+    """What was trained, unless the prior may serve and that may not, or predicts worse."""
+    own, prior = verdicts[0], verdicts[-1]
+    if not prior.keep or (own.keep and own.loss_after <= prior.loss_after):
+        return candidates[0], own
+    why = "own training refused" if not own.keep else f"own training came to {own.loss_after:.3f}"
+    return candidates[-1], replace(prior, reason=f"The prior serves, {why}. {prior.reason}")
+
+
+def _is(version: Version | None, prior: AdapterRef) -> bool:
+    return version is not None and version.sha256 == prior.sha256
+
+
+def _compared(run: Run, serving: Version | None) -> dict[str, int]:
+    """What the live check has to know of a version: what it has not seen, and what served before it."""
+    return {live.THROUGH: _through(run), live.BEFORE: serving.number if serving else 0}
 
 
 def _through(run: Run) -> EntryId:

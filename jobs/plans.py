@@ -7,6 +7,7 @@ from persona.engine import adapter_file
 from persona.engine.protocol import AdapterRef, Plan
 from persona.errors import ConfigurationError
 from persona.settings import Learning
+from storage import files
 
 NOBODY = 0  # user id of a prior
 
@@ -39,8 +40,20 @@ def prior(learning: Learning) -> AdapterRef | None:
 
 def folder(path: Path) -> AdapterRef:
     """An adapter that is nobody's version. Raises ConfigurationError if the folder holds none."""
+    return AdapterRef(NOBODY, 0, str(path.absolute()), hashlib.sha256(_read(path)).hexdigest())
+
+
+def copy(adapter: AdapterRef, folder: Path) -> None:
+    """Put the file of `adapter` into `folder`. Raises ConfigurationError if that is gone or changed, StorageFull."""
+    found = _read(Path(adapter.path))
+    if hashlib.sha256(found).hexdigest() != adapter.sha256:
+        raise ConfigurationError(f"The prior {adapter.path} was changed; start the service again.")
+    with files.full_disk():
+        (folder / adapter_file.FILE).write_bytes(found)
+
+
+def _read(folder: Path) -> bytes:
     try:
-        content = (path / adapter_file.FILE).read_bytes()
+        return (folder / adapter_file.FILE).read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"The prior {path / adapter_file.FILE} cannot be read: {error.strerror}.") from None
-    return AdapterRef(NOBODY, 0, str(path.absolute()), hashlib.sha256(content).hexdigest())
+        raise ConfigurationError(f"The prior {folder / adapter_file.FILE} cannot be read: {error.strerror}.") from None

@@ -387,7 +387,7 @@ def test_eval_reports_a_version_that_was_rolled_back(service: Running) -> None:
     answered("history", "import", str(DATA / "eric.jsonl"), "--user", "eric")
     assert answered("train", "--user", "eric", "--wait")["state"] == "kept"
     answered("history", "import", str(DATA / "dr_willis.jsonl"), "--user", "eric", "--author", "Dr_Willis")
-    service.engine._score = lambda request: [-1.0 if request.adapter else -0.5] * len(request.targets)
+    service.engine.predicts = lambda request: [-1.0 if request.adapter else -0.5] * len(request.targets)
     service.check(3)
     (item,) = answered("eval", "--live")["data"]
     assert item["active"] is False

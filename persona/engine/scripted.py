@@ -50,7 +50,7 @@ class ScriptedEngine:
     ) -> None:
         self._reply = reply
         self._delay = delay
-        self._score = score
+        self.predicts = score
         self.trainable = trainable
         self.steps = steps
         self.failure: Exception | None = None
@@ -95,7 +95,7 @@ class ScriptedEngine:
             raise RequestError("Targets to score must ascend and lie inside the tokens, after the first.")
         self.scored.append(request)
         await asyncio.sleep(0)
-        return self._score(request) if self._score else [-1.0] * len(request.targets)
+        return self.predicts(request) if self.predicts else [-1.0] * len(request.targets)
 
     async def tell(self, request: ScoreRequest) -> list[TokenLogprob]:
         found = zip(request.targets, await self.score(request), strict=True)

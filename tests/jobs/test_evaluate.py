@@ -59,16 +59,17 @@ async def judge(
     **more: Any,
 ) -> Verdict:
     made, wanted = made or data(), settings(**more)
-    return await evaluate.gate(
+    (verdict,) = await evaluate.gate(
         engine,
         TEXT,
-        candidate=candidate,
+        candidates=[candidate],
         serving=serving,
         held_out=made.held_out,
         recent=made.recent,
         rehearsal=Rehearsal(engine, TEXT, wanted, lambda: "base"),
         settings=wanted,
     )
+    return verdict
 
 
 def per_version(scores: dict[int, float]) -> Score:

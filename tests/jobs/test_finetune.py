@@ -159,7 +159,7 @@ async def test_who_does_not_want_to_learn_is_not_trained(world: World, tell: Tel
 
 async def test_threat_10_a_candidate_that_is_no_better_is_rejected(world: World, ann: User, tell: Tell) -> None:
     await tell(40)
-    world.engine._score = None  # every version scores alike
+    world.engine.predicts = None  # every version scores alike
     run = await world.train(ann)
     assert (run.state, run.version) == (RunState.REJECTED, 1)
     version = await world.adapters.get(ann.id, 1)
@@ -172,7 +172,7 @@ async def test_threat_10_a_rejected_run_leaves_the_old_version_serving(world: Wo
     await tell(40)
     await world.train(ann)
     await tell(20)
-    world.engine._score = None
+    world.engine.predicts = None
     assert (await world.train(ann)).state is RunState.REJECTED
     active = await world.adapters.active(ann.id)
     assert active is not None
@@ -208,7 +208,7 @@ async def test_threat_09_a_loss_that_is_not_finite_publishes_nothing(world: Worl
 
 async def test_threat_09_scores_that_are_not_finite_publish_nothing(world: World, ann: User, tell: Tell) -> None:
     await tell(40)
-    world.engine._score = lambda request: [math.nan if request.adapter else -1.0] * len(request.targets)
+    world.engine.predicts = lambda request: [math.nan if request.adapter else -1.0] * len(request.targets)
     run = await world.train(ann)
     assert run.state is RunState.REJECTED
     await assert_nothing_changed(world, ann)

@@ -1,5 +1,6 @@
 """The prior: where a first version starts, and nobody's second."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from histories import TEXT, imported, own
 from world import Tell, World
 
 from jobs import prior
-from persona.domain import RunState, User
+from persona.domain import EntryId, RunState, User
+from persona.engine.protocol import ScoreRequest
 from persona.errors import ConfigurationError, RequestError
 from persona.settings import Settings
 
@@ -17,24 +19,126 @@ def named(world: World, folder: Path) -> None:
     world.settings = world.settings.model_copy(update={"learning": learning})
 
 
+@pytest.fixture
+def prior_folder(world: World, tmp_path: Path) -> Path:
+    """A prior that the settings name."""
+    folder = tmp_path / "prior"
+    folder.mkdir()
+    (folder / "adapter.safetensors").write_bytes(b"what they have in common")
+    named(world, folder)
+    return folder
+
+
+def losing(own: float, prior: float, answers: float = 2.0) -> Callable[[ScoreRequest], list[float]]:
+    """Losses of what was trained (odd versions), of the prior (even ones) and of the base, which has 2; on answers the
+    trained ones have `answers`."""
+
+    def score(request: ScoreRequest) -> list[float]:
+        number = request.adapter.number if request.adapter else 0
+        neutral = request.tokens[request.targets[0] - 1] == 258
+        said = {True: answers if number % 2 else 2.0, False: (own if number % 2 else prior) if number else 2.0}
+        return [-said[neutral]] * len(request.targets)
+
+    return score
+
+
 async def test_a_first_version_starts_from_the_prior_and_the_next_from_the_first(
-    world: World, ann: User, tell: Tell, tmp_path: Path
+    world: World, ann: User, tell: Tell, prior_folder: Path
 ) -> None:
-    (tmp_path / "prior").mkdir()
-    (tmp_path / "prior" / "adapter.safetensors").write_bytes(b"what they have in common")
-    named(world, tmp_path / "prior")
+    world.engine.predicts = losing(own=1.8, prior=1.9)
     await tell(40)
     first = await world.train(ann)
     assert first.state is RunState.KEPT
     await tell(40)
-    assert (await world.train(ann)).state is RunState.KEPT
+    world.engine.predicts = lambda request: [-1.0] * len(request.targets)
+    await world.train(ann)
     starts = [request.start for request in world.engine.trained]
     assert starts[0] is not None
-    assert (starts[0].user_id, Path(starts[0].path)) == (0, tmp_path / "prior")
+    assert (starts[0].user_id, Path(starts[0].path)) == (0, prior_folder)
     assert starts[1] is not None
     assert (starts[1].user_id, starts[1].number) == (ann.id, 1)
     versions = {version.number: version.parent for version in await world.adapters.list(ann.id)}
-    assert versions == {1: None, 2: 1}
+    assert versions == {1: None, 2: None, 3: 1}
+
+
+@pytest.mark.parametrize(
+    ("losses", "why"),
+    [
+        ({"own": 1.9, "prior": 1.8}, "The prior serves, own training came to 1.900. Better: 2.000 → 1.800"),
+        ({"own": 2.1, "prior": 1.8}, "The prior serves, own training refused. Better: 2.000 → 1.800"),
+        ({"own": 1.7, "prior": 1.8, "answers": 2.1}, "The prior serves, own training refused. Better: 2.000 → 1.800"),
+    ],
+)
+async def test_a_prior_that_training_made_worse_serves_itself(
+    world: World, ann: User, tell: Tell, prior_folder: Path, losses: dict[str, float], why: str
+) -> None:
+    world.engine.predicts = losing(**losses)
+    await tell(40)
+    run = await world.train(ann)
+    assert run.state is RunState.KEPT
+    assert run.reason is not None
+    assert run.reason.startswith(why)
+    version = await world.adapters.active(ann.id)
+    assert version is not None
+    assert (version.number, version.watermark, version.parent) == (2, 0, None)
+    assert (Path(version.path) / "adapter.safetensors").read_bytes() == b"what they have in common"
+    assert world.folders() == [f"{ann.id}/2"]
+
+
+async def test_behind_a_prior_that_serves_the_next_run_starts_from_it_on_the_whole_history(
+    world: World, ann: User, tell: Tell, prior_folder: Path
+) -> None:
+    world.engine.predicts = losing(own=1.9, prior=1.8)
+    await tell(40)
+    await world.train(ann)
+    world.engine.predicts = losing(own=1.7, prior=1.8)
+    await tell(20)
+    run = await world.train(ann)
+    assert (run.state, run.version) == (RunState.KEPT, 3)
+    assert world.engine.trained[1].start == world.engine.trained[0].start
+    assert world.engine.trained[1].plan.learning_rate == world.settings.learning.prior_rate
+    assert {row.entry_id for row in await world.runs.examples(run.id)} == set(range(1, 58))
+
+
+async def test_an_entry_that_is_deleted_does_not_take_the_prior_away(
+    world: World, ann: User, tell: Tell, prior_folder: Path
+) -> None:
+    world.engine.predicts = losing(own=1.9, prior=1.8)
+    await tell(40)
+    await world.train(ann)
+    await world.history.delete(ann.id, EntryId(5))
+    version = await world.adapters.active(ann.id)
+    assert version is not None
+    assert version.number == 2
+
+
+async def test_a_prior_that_is_refused_leaves_what_served(
+    world: World, ann: User, tell: Tell, prior_folder: Path
+) -> None:
+    world.engine.predicts = losing(own=2.1, prior=2.2)
+    await tell(40)
+    run = await world.train(ann)
+    assert run.state is RunState.REJECTED
+    assert run.reason is not None
+    assert run.reason.startswith("Not surely better: 2.000 → 2.100")
+    assert world.folders() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda file: file.unlink(), "cannot be read"), (lambda file: file.write_bytes(b""), "changed")],
+)
+async def test_a_prior_that_goes_while_the_service_runs_ends_the_run_only(
+    world: World, ann: User, tell: Tell, prior_folder: Path, change: Callable[[Path], None], said: str
+) -> None:
+    finetune = world.finetune()
+    change(prior_folder / "adapter.safetensors")
+    await tell(40)
+    run = await finetune.run(await world.runs.request(ann.id, world.clock()))
+    assert run.state is RunState.FAILED
+    assert run.reason is not None
+    assert said in run.reason
+    assert world.folders() == []
 
 
 async def test_a_prior_that_is_not_there_stops_the_start(world: World, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ async def test_after_a_run_only_new_text_counts(world: World, ann: User, tell: T
 
 
 async def test_threat_10_a_rejected_range_waits_for_enough_new_text(world: World, ann: User, tell: Tell) -> None:
-    world.engine._score = None
+    world.engine.predicts = None
     await tell(40)
     assert (await world.train(ann)).state is RunState.REJECTED
     assert not await due(world, ann)
