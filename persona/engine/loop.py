@@ -1,7 +1,8 @@
-"""The life of the engine: one thread, one loop. inbox → step → outbox → slices.
+"""The life of the engine: one loop. inbox → step → outbox → slices.
 
 `handle` takes one request in, `work` runs one step and, when serving leaves time, one slice of training. Serving
-comes first: beside running sequences, slices get a share of their time. Any answer goes out through `send`.
+comes first: beside running sequences, slices get a share of their time. Any answer goes out through `send`. All of
+it is one thread; while that computes, others see to it that adapters come (tiers.py: `turn`), and do nothing else.
 Nothing here blocks, and nothing that fails in one request or in training reaches another.
 """
 
@@ -9,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -107,7 +109,7 @@ class EngineLoop:
         self._grammars = grammars
         self._compiling: dict[int, tuple[futures.Future[Grammar], Sequence, protocol.GenerateRequest]] = {}
         self._score_slices = score
-        self._slices = Slices(send)
+        self._slices = Slices(send, self._aside)
         self._stalled = False
         self._steps = self._tokens = 0
 
@@ -117,14 +119,25 @@ class EngineLoop:
         for pages would have had those that are idle."""
         return (self._scheduler.idle or self._stalled) and not self._slices.waiting and not self._compiling
 
+    def expect(self, request: Request) -> None:
+        """A request that `handle` will get: what it needs is loaded meanwhile. From any thread, during a step, too."""
+        if isinstance(request, protocol.Generate) and (adapter := request.request.adapter) is not None:
+            with self._tiers.turn:
+                self._scheduler.expect(adapter)
+
     def handle(self, request: Request) -> None:
         """Take one request in; answers go to `send`, now or later."""
-        self._stalled = False
-        self._guarded(request.id, lambda: self._dispatch(request))
-        self._land()
+        with self._tiers.turn:
+            self._stalled = False
+            self._guarded(request.id, lambda: self._dispatch(request))
+            self._land()
 
     def work(self) -> None:
         """One step of serving, then a slice of training if serving leaves time for it."""
+        with self._tiers.turn:
+            self._work()
+
+    def _work(self) -> None:
         self._land()
         if self._compiling:
             self._admit_compiled()
@@ -299,11 +312,20 @@ class EngineLoop:
             )
         return Sequence(job, list(tokens), len(tokens), limit, adapter)
 
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """While something computes, others may look at what is where, and load."""
+        self._tiers.turn.release()
+        try:
+            yield
+        finally:
+            self._tiers.turn.acquire()
+
     def _land(self) -> bool:
         """Loads that have ended: on with those who waited for them. Whether there was one."""
         some = False
         while True:
-            for ref, error in self._tiers.landed(self._scheduler.wanted()):
+            for ref, error in self._tiers.landed():
                 some = True
                 if error is not None:
                     self._not_loaded(ref, error)
@@ -389,7 +411,9 @@ class EngineLoop:
     def _step(self, plan: Plan) -> None:
         sequences = [*plan.decode, *(segment.sequence for segment in plan.prefill)]
         try:
-            result = self._runner.run(plan, {s.id: s.lease.value if s.lease is not None else None for s in sequences})
+            residents = {s.id: s.lease.value if s.lease is not None else None for s in sequences}
+            with self._aside():
+                result = self._runner.run(plan, residents)
         except (RuntimeError, IndexError) as error:  # out of memory, mostly: these end, the engine goes on
             log.error("step failed", rows=len(sequences), kind=type(error).__name__)
             for job in {s.id for s in sequences}:

@@ -6,10 +6,12 @@ never outlives the service; signals from the terminal are the service's business
 
 import json
 import os
+import queue
 import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,35 +173,53 @@ class Loader:
 
 
 class Inbox:
-    """Requests from the service."""
+    """Requests from the service. A thread takes them in, so that what they need is loaded while a step computes."""
 
-    def __init__(self, connection: socket.socket, bell: int) -> None:
-        """bell: becomes readable when the loop has something to do without a request."""
-        self._connection, self._bell = connection, bell
-        self._buffer = bytearray()
+    def __init__(self, connection: socket.socket, bell: int, expect: Callable[[protocol.Request], None]) -> None:
+        """bell: becomes readable when the loop has something to do · expect: is told of each request, by the thread."""
+        self._connection, self._bell, self._expect = connection, bell, expect
+        self._arrived: queue.SimpleQueue[protocol.Request | None] = queue.SimpleQueue()
+        threading.Thread(target=self._take_in, name="inbox", daemon=True).start()
 
     def read(self, *, wait: bool) -> list[protocol.Request]:
         """What has arrived; with `wait`, not before something has or the bell rang. Raises EOFError when the service
         is gone."""
-        both = [self._connection.fileno(), self._bell]
-        ready = select.select(both, [], [], None if wait else 0)[0]
-        if self._bell in ready:
+        if select.select([self._bell], [], [], None if wait else 0)[0]:
             os.eventfd_read(self._bell)
-        if self._connection.fileno() in ready:
-            received = self._connection.recv(1 << 20)
-            if not received:
+        found = []
+        while not self._arrived.empty():
+            if (request := self._arrived.get()) is None:
                 raise EOFError
-            self._buffer += received
-        return list(self._complete())
+            found.append(request)
+        return found
 
-    def _complete(self) -> Iterator[protocol.Request]:
-        while len(self._buffer) >= 4:
-            size = int.from_bytes(self._buffer[:4], "big")
-            if len(self._buffer) < 4 + size:
-                return
-            body = bytes(self._buffer[4 : 4 + size])
-            del self._buffer[: 4 + size]
-            yield protocol.requests.decode(body)
+    def _take_in(self) -> None:
+        try:
+            for request in self._requests():
+                self._tell(request)
+                self._expect(request)
+        finally:
+            self._tell(None)
+
+    def _tell(self, request: protocol.Request | None) -> None:
+        self._arrived.put(request)
+        os.eventfd_write(self._bell, 1)
+
+    def _requests(self) -> Iterator[protocol.Request]:
+        """Until the service is gone."""
+        buffer = bytearray()
+        while received := self._received():
+            buffer += received
+            while len(buffer) >= 4 and len(buffer) >= 4 + (size := int.from_bytes(buffer[:4], "big")):
+                body = bytes(buffer[4 : 4 + size])
+                del buffer[: 4 + size]
+                yield protocol.requests.decode(body)
+
+    def _received(self) -> bytes:
+        try:
+            return self._connection.recv(1 << 20)
+        except ConnectionError:
+            return b""
 
 
 def serve(loop: EngineLoop, inbox: Inbox) -> None:
@@ -220,7 +240,8 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     options = msgspec.convert(json.loads(sys.argv[2]), Options)
     loader = Loader()
-    serve(build(options, Outbox(connection), loader), Inbox(connection, loader.bell))
+    loop = build(options, Outbox(connection), loader)
+    serve(loop, Inbox(connection, loader.bell, loop.expect))
 
 
 if __name__ == "__main__":

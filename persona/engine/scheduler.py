@@ -5,8 +5,9 @@ one never waits for memory; what an earlier one of the same user and version lef
 (prefix.py). Chat goes before scoring; who is next among users says waiting.py. Every step decodes all running rows and
 prefills at most `prefill_tokens` prompt tokens beside them; what is only computed for later waits for an idle step.
 
-Where several users come, one who has most of what runs leaves the others room to begin soon: some places, short steps
-(a quarter of `prefill_tokens` for their own prompts), and every second step while a prompt of another is computed.
+Where several users come, who runs more than a like share leaves the last places to others; and who has most of what
+runs has short steps (a quarter of `prefill_tokens` for their own prompts), and while a prompt of another is computed
+none for theirs, and every second one for their replies. So the others begin soon.
 """
 
 from collections import Counter
@@ -22,7 +23,7 @@ from persona.engine.shelf import Absent, Lease, Shelf
 from persona.engine.waiting import GENERATED, Shares, WaitingRoom
 
 AHEAD = 64  # tokens of a silent sequence in one step
-KEPT = 1 / 8  # of the running places, which no single user gets where there are others
+KEPT = 1 / 8  # of the running places, the last ones, which are for users who run less than a like share
 HEAVY = 4  # sequences that a user runs, at least, who is to leave others room
 
 
@@ -132,12 +133,16 @@ class Scheduler:
         return self.pool.needed(tokens) <= self.pool.total
 
     def add(self, sequence: Sequence) -> None:
-        room = self._waiting[sequence.background]
-        room.add(sequence)
+        if sequence.adapter is not None:
+            self.expect(sequence.adapter, background=sequence.background)
+        self._waiting[sequence.background].add(sequence)
         if not sequence.background:
             self.shares.come(sequence.user_id)
-        if sequence.adapter is not None and len(room) <= self._max_running:
-            self._adapters.fetch(sequence.adapter, self.wanted())
+
+    def expect(self, adapter: AdapterRef, *, background: bool = False) -> None:
+        """Somebody with this adapter comes: it is loaded beforehand, if their turn may be near."""
+        if len(self._waiting[background]) < self._max_running:
+            self._adapters.fetch(adapter, self.wanted())
 
     def give_way(self, user_id: int) -> Sequence | None:
         """Who should leave a full waiting room for a request of this user; None: nobody, it is fairly full."""
@@ -174,10 +179,12 @@ class Scheduler:
         decode = [s for s in self._running if not s.prefilling]
         segments = list(self._segments(self._prefill_tokens, heavy))
         others = [one for one in segments if one.sequence.user_id != heavy and not one.sequence.background]
-        self._rested = heavy is not None and bool(others) and not self._rested
-        if self._rested:
-            decode = [s for s in decode if s.user_id != heavy]
+        if heavy is not None and others:
             segments = [one for one in segments if one.sequence.user_id != heavy]
+            self._rested = not self._rested
+            decode = [s for s in decode if s.user_id != heavy] if self._rested else decode
+        else:
+            self._rested = False
         if not decode and not segments:
             segments = list(self._ahead())
         return Plan(decode, segments, admitted, refused)
@@ -245,9 +252,12 @@ class Scheduler:
         return True
 
     def _has_enough(self, user_id: int, running: int) -> bool:
-        """Whether the places left are for others than this user, who runs so many."""
-        most = self._max_running - int(KEPT * self._max_running)
-        return bool(user_id) and running >= most and not self.shares.alone(user_id)
+        """Whether the places left are for others than this user, who runs so many. A like share counts one more user
+        than there are: who may come."""
+        if not user_id or running < max(HEAVY, self._max_running / (self.shares.active + 1)):
+            return False
+        free = self._max_running - len(self._running)
+        return free <= int(KEPT * self._max_running) and not self.shares.alone(user_id)
 
     def _heavy(self) -> int | None:
         """The user who has most of what runs, if others may want to begin."""

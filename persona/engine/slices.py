@@ -7,6 +7,7 @@ Scoring goes before training. Nothing that fails here reaches serving.
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import structlog
@@ -37,8 +38,11 @@ class Scoring:
 class Slices:
     """The work in slices. Answers go to `send`."""
 
-    def __init__(self, send: Callable[[Reply], None]) -> None:
-        self._send = send
+    def __init__(
+        self, send: Callable[[Reply], None], aside: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        """aside: around all that computes."""
+        self._send, self._aside = send, aside
         self._scorings: deque[Scoring] = deque()
         self._training: tuple[int, Iterator[Progress | None]] | None = None
         self.paused = False  # training
@@ -97,7 +101,8 @@ class Slices:
 
     def _score(self, scoring: Scoring) -> None:
         try:
-            next(scoring.slices)
+            with self._aside():
+                next(scoring.slices)
         except StopIteration as ended:
             self._scorings.popleft()
             scoring.stop()
@@ -110,7 +115,8 @@ class Slices:
 
     def _train(self, job: int, slices: Iterator[Progress | None]) -> None:
         try:
-            progress = next(slices)
+            with self._aside():
+                progress = next(slices)
         except PersonaError as error:
             self._end_training()
             self._fail(job, error)

@@ -1,14 +1,17 @@
 """Where adapters are: on disk, in host RAM as they are stored, on the device ready for products.
 
     disk ── read and verify ──> host ── pages reserved, then expanded into them ──> device
-            loader thread               the loop            loader thread
 
 None is named at start: a request names its version by path and checksum. What is not on the device is loaded by a
 thread of its own while steps go on; the request keeps its place in the waiting room. Device memory is shared with the
 cache (pages.py); popular adapters stay longest (shelf.py, popularity.py). Who uses an adapter holds a lease of it.
+
+Several threads look at what is where, and change it: who does holds `turn`. The loop holds it but while it computes;
+what it computes with has pages in use, which never move. So a load that begins during a step is there at its end.
 """
 
 import queue
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -27,10 +30,9 @@ Submit = Callable[[Callable[[], None]], object]  # runs it elsewhere, soon
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What came from disk."""
+    """What came from disk and found no pages on the device, or did not come."""
 
     ref: AdapterRef
-    adapter: Adapter | None = None
     error: Exception | None = None
 
 
@@ -59,6 +61,7 @@ class Tiers:
         """read: raises AdapterError for what is not what the reference says · pages: that its expanded form takes ·
         fill: expands it into these pages · submit: a thread's, see `landed`."""
         self._read, self._pages, self._fill, self._pool, self._submit = read, pages, fill, pool, submit
+        self.turn = threading.RLock()
         self.shelf = Shelf[Resident](pool)
         self._host: _Kept[Adapter] = _Kept(host_budget)
         self._reading: dict[AdapterRef, bool] = {}  # whether it is still wanted when it comes
@@ -90,22 +93,19 @@ class Tiers:
         if (known := self._host.use(ref, FROM_DISK)) is not None:
             return self._expand(ref, known, spared)
         self._reading[ref] = True
-        self._submit(lambda: self._arrivals.put(self._from_disk(ref)))
+        self._submit(lambda: self._arrivals.put(self._from_disk(ref, spared)))
         return Absent.COMING
 
-    def landed(self, spared: Collection[AdapterRef]) -> list[tuple[AdapterRef, Exception | None]]:
-        """What is on the device since the last call, or could not be loaded. `spared` did not give way to it."""
+    def landed(self) -> list[tuple[AdapterRef, Exception | None]]:
+        """What is on the device since the last call, or could not be loaded."""
         found: list[tuple[AdapterRef, Exception | None]] = []
         while self.arrived:
             one = self._arrivals.get()
             if isinstance(one, _Filled):
                 self._settle(one)
                 found.append((one.lease.ref, one.error))
-            elif self._reading.pop(one.ref) and one.adapter is not None:
-                self.reads += 1
-                self._host.add(one.ref, one.adapter, one.adapter.nbytes(), FROM_DISK)
-                self._expand(one.ref, one.adapter, spared)
             elif one.error is not None:
+                del self._reading[one.ref]
                 found.append((one.ref, one.error))
         return found
 
@@ -138,14 +138,25 @@ class Tiers:
             self.loaded_bytes += filled.resident.nbytes()
         self.release(lease)
 
-    def _from_disk(self, ref: AdapterRef) -> _Read:
+    def _from_disk(self, ref: AdapterRef, spared: Collection[AdapterRef]) -> _Read | _Filled:
+        """The whole way, as far as there is room: in the loader's thread."""
         try:
             adapter = self._read(ref)
             if self._pages(adapter) > self._pool.total:
                 raise AdapterError("The adapter is larger than the engine's memory: raise engine.memory_mb.")
-            return _Read(ref, adapter)
         except Exception as error:  # belongs to those who wait for it
             return _Read(ref, error=error)
+        with self.turn:
+            lease = self._came(ref, adapter, spared)
+        return self._filled(lease, adapter) if lease is not None else _Read(ref)
+
+    def _came(self, ref: AdapterRef, adapter: Adapter, spared: Collection[AdapterRef]) -> Lease[Resident] | None:
+        """It is in RAM now, and has pages if there are some for it."""
+        if not self._reading.pop(ref):
+            return None
+        self.reads += 1
+        self._host.add(ref, adapter, adapter.nbytes(), FROM_DISK)
+        return self.shelf.reserve(ref, self._pages(adapter), spared)
 
     def _filled(self, lease: Lease[Resident], adapter: Adapter) -> _Filled:
         try:

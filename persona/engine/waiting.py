@@ -37,6 +37,11 @@ class Shares:
     def __getitem__(self, user_id: int) -> float:
         return self._served.get(user_id, 0.0)
 
+    @property
+    def active(self) -> int:
+        """Users who wait or run."""
+        return len(self._active)
+
     def alone(self, user_id: int) -> bool:
         """Whether nobody else has come for as long as counters are kept."""
         return not any(other and other != user_id for other in self._served)

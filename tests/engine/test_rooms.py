@@ -183,7 +183,7 @@ class Rooms(RuleBasedStateMachine):
         return made
 
     def _land(self) -> None:
-        for ref, error in self.tiers.landed(self.rooms.wanted()):
+        for ref, error in self.tiers.landed():
             if error is not None:
                 assert self.sizes[ref] > self.rooms.pool.total
                 for one in [one for one in self.here if one.adapter == ref and not one.pages]:

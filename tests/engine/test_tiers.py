@@ -1,8 +1,11 @@
 """Adapters on disk, in RAM and on the device: no step waits for a load, and nobody pays for another's trouble."""
 
 import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import adapters
 import pytest
@@ -12,7 +15,7 @@ from workbench import ADAPTER, PAGE, Bench, plain_tiers
 
 from persona.engine import adapter_file, protocol
 from persona.engine.pages import PagePool
-from persona.engine.protocol import AdapterRef, AllScores, Done, ScoreRequest
+from persona.engine.protocol import AdapterRef, AllScores, Done, GenerateRequest, Sampling, ScoreRequest
 from persona.engine.shelf import Absent
 from persona.engine.tiers import Tiers
 
@@ -158,6 +161,53 @@ def adapter_bytes(bench: Bench, ref: AdapterRef) -> int:
     return adapter_file.read(Path(ref.path), ref.sha256, bench.prepared.base, bench.shape).nbytes()
 
 
+# --- while a step computes
+
+
+def test_what_is_asked_for_in_a_step_is_there_at_its_end(models: Models, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as inbox:
+        bench = Bench(models, submit=loader.submit)
+        ref = made(bench, tmp_path)
+        request = GenerateRequest(PROMPT, Sampling(max_tokens=12), ref)
+        run = bench.loop._runner.run
+
+        def computing(*given: Any) -> Any:
+            inbox.submit(bench.loop.expect, protocol.Generate(0, request)).result(timeout=30)
+            loader.submit(lambda: None).result(timeout=30)  # it has done what it was given
+            return run(*given)
+
+        bench.generate(PROMPT, count=30)
+        bench.loop._runner.run = computing  # type: ignore[method-assign]
+        bench.work()
+        cold = bench.generate(PROMPT, ref)
+        bench.work()
+        assert len(bench.answers[cold]) == 1  # its first token
+        bench.finish()
+    assert bench.text(cold) == Bench(models).alone(PROMPT, ref)
+    assert bench.health().loads == 1
+
+
+def test_loads_and_steps_beside_each_other_leave_everybody_their_own(models: Models, tmp_path: Path) -> None:
+    """Four adapters have room, eight users ask, and the threads meet as they like."""
+    with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(2) as inbox:
+        bench = Bench(models, pages=4 * ADAPTER + 24, running=4, submit=loader.submit)
+        refs = [made(bench, tmp_path, user) for user in range(1, 9)]
+        wanted = {ref: Bench(models).alone(PROMPT, ref, 4) for ref in refs}
+        source, asked = random.Random(2), list[tuple[int, AdapterRef]]()
+        for _ in range(150):
+            ref = source.choice(refs)
+            request = GenerateRequest(PROMPT, Sampling(max_tokens=4), ref, ref.user_id)
+            inbox.submit(bench.loop.expect, protocol.Generate(0, request))
+            if source.random() < 0.5 and bench.scheduler.waiting < 20:
+                asked.append((bench.generate(PROMPT, ref, 4, user=ref.user_id), ref))
+            bench.loop.work()
+        give_up = time.monotonic() + 60
+        while any(bench.end(job) is None for job, _ in asked) and time.monotonic() < give_up:
+            bench.loop.work()
+    assert all(bench.text(job) == wanted[ref] for job, ref in asked)
+    bench.finish()
+
+
 # --- between the tiers
 
 
@@ -221,7 +271,7 @@ def ref(user: int, number: int = 1) -> AdapterRef:
 
 def use(tiers: Tiers, one: AdapterRef) -> None:
     while isinstance(lease := tiers.hold(one), Absent):
-        tiers.landed(())
+        tiers.landed()
     tiers.release(lease)
 
 

@@ -206,6 +206,20 @@ def test_one_user_never_has_all_places_where_others_come(models: Models) -> None
     assert alone.health().running == 8
 
 
+def test_who_runs_more_than_a_like_share_leaves_the_last_places_to_others(models: Models) -> None:
+    bench, jobs = _flooded(models, running=16, flood=20)
+    others = [bench.generate(some_tokens(8, seed=90 + user), count=100, user=user) for user in (2, 3, 4)]
+    bench.work(3)
+    assert (bench.health().running, bench.health().waiting) == (16, 7)  # one place was free, two were kept
+    for job in jobs[:3]:
+        bench.abort(job)
+    bench.work(3)
+    assert bench.health().running == 14
+    others += [bench.generate(some_tokens(8, seed=90 + user), count=100, user=user) for user in (5, 6)]
+    bench.work(2)
+    assert all(bench.answers[job] for job in others)
+
+
 def test_who_has_most_of_what_runs_sits_out_every_second_step_of_anothers_prompt(models: Models) -> None:
     bench, jobs = _flooded(models, running=8, flood=5)
 
