@@ -3,6 +3,9 @@
 Virtual token counters (Sheng et al., Fairness in Serving Large Language Models, OSDI 2024): a user's counter grows by
 what the engine does for them, and who has the least is next. Who comes back after a pause starts at the least counter
 of those who are active: nobody saves up, and nobody pays for having been served while the engine was idle.
+
+What a request itself will cost counts, too, several times: of those that are about equally entitled the short ones go
+first, so that where there is not time for all, there is for more of them. Counters bound what that costs the others.
 """
 
 import heapq
@@ -12,6 +15,8 @@ from itertools import count, islice
 from typing import Generic, Protocol, TypeVar
 
 GENERATED = 2.0  # what a generated token counts, against one of a prompt
+OWN = 3.0  # times that a request's own cost counts beside its user's counter
+LONG = 128  # tokens of a reply; one that may be longer mostly ends before
 LEAST = 8  # admissions behind an estimate
 AWAY = 1000  # counters of users who are away that are kept at most
 
@@ -21,9 +26,15 @@ class Waiting(Protocol):
 
     user_id: int
     prompt: int  # tokens
+    limit: int  # with the longest reply
 
 
 S = TypeVar("S", bound=Waiting)
+
+
+def cost(one: Waiting) -> float:
+    """What a request is expected to cost, as counters count."""
+    return one.prompt + GENERATED * min(one.limit - one.prompt, LONG)
 
 
 class Shares:
@@ -106,16 +117,25 @@ class WaitingRoom(Generic[S]):
 
     def _order(self) -> Iterator[S]:
         ticket = count()  # among equal counters, who was first in the room
-        heap = [(self._shares[user], next(ticket), iter(queue)) for user, queue in self._queues.items()]
+        heap = [
+            (
+                self._shares[user] + OWN * cost(queue[0]),
+                next(ticket),
+                self._shares[user],
+                queue[0],
+                islice(queue, 1, None),
+            )
+            for user, queue in self._queues.items()
+        ]
         heapq.heapify(heap)
         while heap:
-            served, place, queue = heap[0]
-            one = next(queue, None)
-            if one is None:
+            _, place, served, one, behind = heap[0]
+            yield one
+            served += cost(one)
+            if (following := next(behind, None)) is None:
                 heapq.heappop(heap)
             else:
-                yield one
-                heapq.heapreplace(heap, (served + one.prompt, place, queue))
+                heapq.heapreplace(heap, (served + OWN * cost(following), place, served, following, behind))
 
 
 class Pace:

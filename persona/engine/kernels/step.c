@@ -272,6 +272,26 @@ static void narrowed(const float *x, int64_t count, operand *to, float *sums) {
     }
 }
 
+/* `lowered` for few ranks: lane l of a vector holds rank l % rank of input l / rank, and `in` is a multiple of 16. */
+static inline __attribute__((always_inline)) void lowered_few(
+    const int rank, const float *x, const cell *a, int64_t in, float *low) {
+    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    v16 sum[8];
+    for (int j = 0; j < rank; j++) sum[j] = all(0);
+    for (int64_t i = 0; i < in; i += 16) {
+        v16 some = get(x + i);
+        for (int j = 0; j < rank; j++)
+            sum[j] += wide(a + i * rank + 16 * j) * __builtin_shuffle(some, lane / rank + j * (16 / rank));
+    }
+    for (int j = 1; j < rank; j++) sum[0] += sum[j];
+    float part[16];
+    put(part, sum[0]);
+    for (int r = 0; r < rank; r++) {
+        low[r] = 0;
+        for (int l = r; l < 16; l += rank) low[r] += part[l];
+    }
+}
+
 /* x [in] · A [in, rank] → low [rank] */
 static void lowered(const float *x, const cell *a, int64_t in, int64_t rank, float *low) {
     if (rank % 16 == 0) {
@@ -280,20 +300,12 @@ static void lowered(const float *x, const cell *a, int64_t in, int64_t rank, flo
             for (int64_t i = 0; i < in; i++) sum += wide(a + i * rank + r) * x[i];
             put(low + r, sum);
         }
-    } else if (16 % rank == 0) {
-        /* Lane l of a vector holds rank l % rank of input l / rank. */
-        v16 sum = all(0);
-        int64_t some = 16 / rank;
-        for (int64_t i = 0; i < in; i += some) {
-            float spread[16];
-            for (int64_t l = 0; l < 16; l++) spread[l] = x[i + l / rank];
-            sum += wide(a + i * rank) * get(spread);
-        }
-        float part[16];
-        put(part, sum);
-        for (int64_t r = 0; r < rank; r++) {
-            low[r] = 0;
-            for (int64_t l = r; l < 16; l += rank) low[r] += part[l];
+    } else if (in % 16 == 0 && 16 % rank == 0) {
+        switch (rank) {
+            case 1: lowered_few(1, x, a, in, low); break;
+            case 2: lowered_few(2, x, a, in, low); break;
+            case 4: lowered_few(4, x, a, in, low); break;
+            default: lowered_few(8, x, a, in, low);
         }
     } else {
         for (int64_t r = 0; r < rank; r++) low[r] = 0;
