@@ -26,17 +26,18 @@ from persona.settings import Settings
 
 REQUESTS = Path(__file__).with_name("rehearsal.json")
 FILE = "replies.json"
-SAMPLING = Sampling(max_tokens=48, temperature=0.0)
+SAMPLING = Sampling(max_tokens=48, temperature=1.0, seed=7)  # as the base talks, not only its likeliest words
 AT_ONCE = 4  # users are served meanwhile
 
 log = structlog.get_logger()
 
 
 class _Replies(msgspec.Struct):
-    """The file: replies by request, of one base under one system text."""
+    """The file: replies by request, of one base under one system text, drawn in one way."""
 
     base: str
     system: str
+    sampling: Sampling
     said: dict[str, Said]
 
 
@@ -76,11 +77,11 @@ class Rehearsal:
         return [self._framed(ask, known.said[ask]) for ask in asks]
 
     async def _load(self) -> _Replies:
-        base, system = self._base(), self._settings.prompt.system
+        wanted = _Replies(self._base(), self._settings.prompt.system, SAMPLING, {})
         if self._known is None:
             self._known = await asyncio.to_thread(_read, self._file)
-        if self._known is None or (self._known.base, self._known.system) != (base, system):
-            self._known = _Replies(base, system, {})
+        if self._known is None or msgspec.structs.replace(self._known, said={}) != wanted:
+            self._known = wanted
         return self._known
 
     async def _generated(self, asks: Sequence[str]) -> list[Said]:

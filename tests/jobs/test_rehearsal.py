@@ -11,7 +11,7 @@ from histories import TEXT
 
 from jobs import answers, evaluate, rehearsal
 from jobs.rehearsal import AT_ONCE, Rehearsal
-from persona.engine.protocol import Chunk, Example, GenerateRequest
+from persona.engine.protocol import Chunk, Example, GenerateRequest, Sampling
 from persona.engine.scripted import ScriptedEngine
 from persona.errors import EngineDown
 from persona.settings import Settings
@@ -56,7 +56,7 @@ async def test_nothing_is_rehearsed_when_told(tmp_path: Path) -> None:
 async def test_an_example_is_what_the_bare_base_said_to_a_neutral_request(tmp_path: Path) -> None:
     engine = ScriptedEngine("That is easy.")
     found = await made(engine, settings(tmp_path)).examples(OWN, 7)
-    assert all(request.adapter is None and request.sampling.temperature == 0 for request in engine.requests)
+    assert all(request.adapter is None and request.sampling.temperature == 1 for request in engine.requests)
     first = found[0]
     assert TEXT.decode([first.tokens[target] for target in first.targets]) == "That is easy."
     assert first.targets[-1] == len(first.tokens) - 1
@@ -89,10 +89,14 @@ async def test_what_is_missing_alone_is_generated_also_after_a_start(tmp_path: P
     assert len(engine.requests) == 3
 
 
-@pytest.mark.parametrize("change", ["base", "system"])
-async def test_replies_of_another_base_or_system_text_are_forgotten(tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["base", "system", "sampling"])
+async def test_replies_of_another_base_or_system_text_or_drawn_otherwise_are_forgotten(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = ScriptedEngine()
     await made(engine, settings(tmp_path)).replies(["One?"])
+    if change == "sampling":
+        monkeypatch.setattr(rehearsal, "SAMPLING", Sampling(max_tokens=48))
     other = settings(tmp_path, system="Be long.") if change == "system" else settings(tmp_path)
     await made(engine, other, "other" if change == "base" else "base").replies(["One?"])
     assert len(engine.requests) == 2
