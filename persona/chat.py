@@ -257,14 +257,16 @@ class Chat:
         if is_task(ask.messages):  # about the conversation that it quotes, not about the user
             return await self._compose(ask, voice)
         watermark = voice.version.watermark if voice.version else EntryId(0)
-        recent = await self._history.recent(user.id, watermark, exclude=placement.known, limit=_RECENT_ENTRIES)
-        facts = await self._events.facts(user.id, "fact", limit=_FACTS)
-        if voice.name == "me":  # its last message is what others said, as in training: nothing is put in front of it
-            return await self._compose(ask, voice, _elsewhere(recent, placement), facts=facts)
-        retrieved = await self._retrieve(user, ask, placement)
-        states = prompts.relevant(await self._events.facts(user.id, "state", limit=_FACTS), _question(ask))
+        retrieved, states = list[Entry](), list[Fact]()
+        async with self._history.view():
+            recent = await self._history.recent(user.id, watermark, exclude=placement.known, limit=_RECENT_ENTRIES)
+            facts = await self._events.facts(user.id, "fact", limit=_FACTS)
+            if voice.name != "me":  # its last message is what others said, as in training: nothing is put before it
+                retrieved = await self._retrieve(user, ask, placement)
+                states = await self._events.facts(user.id, "state", limit=_FACTS)
+        relevant = prompts.relevant(states, _question(ask))
         return await self._compose(
-            ask, voice, _elsewhere(recent, placement), _elsewhere(retrieved, placement), facts, states
+            ask, voice, _elsewhere(recent, placement), _elsewhere(retrieved, placement), facts, relevant
         )
 
     async def _beginning(self, user: User, version: Version, turns: Sequence[Entry]) -> list[int]:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,6 +72,9 @@ class Transaction:
         return await whole(self._connection.exec_driver_sql(statement))
 
 
+_view: "ContextVar[tuple[Database, Transaction] | None]" = ContextVar("view", default=None)
+
+
 class Database:
     """An open database. `write()` and `read()` are one transaction each; never hold one across the model or the net.
 
@@ -120,7 +124,10 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[Transaction]:
-        """A consistent view that cannot write. Blocks do not nest: `scrub` waits for the running ones."""
+        """A consistent view that cannot write. Blocks nest in `view` alone: `scrub` waits for the running ones."""
+        if (outer := _view.get()) is not None and outer[0] is self:
+            yield outer[1]
+            return
         await self._readable.wait()
         self._reading += 1
         self._idle.clear()
@@ -133,6 +140,17 @@ class Database:
             self._reading -= 1
             if not self._reading:
                 self._idle.set()
+
+    @contextlib.asynccontextmanager
+    async def view(self) -> AsyncIterator[None]:
+        """All `read` blocks of this task in here are one transaction: they see the same, and not what is written
+        meanwhile."""
+        async with self.read() as connection:
+            before = _view.set((self, connection))
+            try:
+                yield
+            finally:
+                _view.reset(before)
 
     async def check(self) -> None:
         """Prove that the file is sound, search index and foreign keys included. Raises SchemaError with the finding."""

@@ -4,6 +4,7 @@ A turn is stored once, however often a client sends it. Nothing here holds a tra
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -43,6 +44,10 @@ class History:
 
     def __init__(self, db: Database) -> None:
         self._db = db
+
+    def view(self) -> AbstractAsyncContextManager[None]:
+        """What this task reads of the database in the block, here and elsewhere, is one view of it."""
+        return self._db.view()
 
     async def place(
         self,

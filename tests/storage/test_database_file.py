@@ -125,6 +125,28 @@ async def test_five_writers_at_once_on_five_connections_all_succeed(db, users, n
     await db.check()
 
 
+async def test_a_view_makes_one_transaction_of_what_is_read_in_it(db, users):
+    async with db.view():
+        assert await users.all() == []
+        await users.add("ann")
+        assert await users.all() == []
+        assert db._reading == 1
+    assert len(await users.all()) == 1
+    assert db._reading == 0
+
+
+async def test_a_view_that_fails_gives_its_connection_back(db, users):
+    async def fails():
+        async with db.view():
+            await users.all()
+            raise ZeroDivisionError
+
+    for _ in range(10):
+        with pytest.raises(ZeroDivisionError):
+            await fails()
+    assert await users.all() == []
+
+
 async def test_a_reader_sees_one_state_while_others_write(db, users):
     async with db.read() as connection:
         before = await one(connection, "SELECT count(*) FROM users")
