@@ -39,4 +39,8 @@ def train(
         emit(told)
     else:
         say(f"Learned from {told['people']} people, {told['examples']} examples: {told['bytes']} bytes in {out}.")
+        drift, forgetting, objection = told["drift"], told["forgetting"], told["objection"]
+        say(f"It costs the assistant {drift:.2%} on the reference set and {forgetting:.3f} nats per token.")
+        if objection:
+            say(f"A service would refuse such a version: {objection} Raise learning.rehearsal and train again.")
         say(f'Put prior = "{out.absolute()}" under [learning], and users who have no version yet start from it.')

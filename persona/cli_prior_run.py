@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from jobs import people
+from jobs import evaluate, people, plans
 from jobs import prior as priors
 from persona.app_private import private
 from persona.cli_screen import progress
@@ -19,6 +19,11 @@ from storage.users import Users
 async def train(
     configuration: Settings, some: list[people.Person], tokens: int, out: Path
 ) -> dict[str, str | int | float]:
+    """Write the prior into `out`. Returns what was learned from, and what it costs the assistant.
+
+    drift: of the loss on the reference set · forgetting: of the base's own replies, nats per token · objection: why the
+    gate of a service would refuse such a version, if it would.
+    """
     prepared = await asyncio.to_thread(fetched, configuration)
     async with private(configuration, prepared) as parts:
         store = Users(parts.database), History(parts.database)
@@ -35,6 +40,19 @@ async def train(
             async for step in priors.train(parts.engine, parts.rehearsal, examples, parts.settings, out):
                 bar.update(task, completed=step.step, total=step.steps)
                 seconds = step.seconds
+            bar.update(task, description="what it costs")
+            made = plans.folder(out)
+            await parts.engine.stage(made)
+            cost = await evaluate.cost(parts.engine, parts.tokenizer, made, parts.rehearsal, parts.settings)
         size = (out / adapter_file.FILE).stat().st_size
-        about = {"people": len(some), "examples": len(examples), "seconds": seconds, "bytes": size}
-        return {**about, "folder": str(out), "base": parts.base}
+        return {
+            "people": len(some),
+            "examples": len(examples),
+            "seconds": seconds,
+            "bytes": size,
+            "drift": cost.drift,
+            "forgetting": cost.forgetting,
+            "objection": cost.objection(parts.settings) or "",
+            "folder": str(out),
+            "base": parts.base,
+        }

@@ -97,6 +97,9 @@ def test_a_prior_is_trained_and_started_from(persona: Command, home: Path, tmp_p
     )
     assert told["people"] == 1
     assert (folder / "adapter.safetensors").stat().st_size == told["bytes"]
+    assert -0.5 < told["drift"] < 0.5  # type: ignore[operator]
+    assert 0.0 < told["forgetting"] < 1.0  # type: ignore[operator]
+    assert bool(told["objection"]) == (told["drift"] > 0.01 or told["forgetting"] > 0.1)  # type: ignore[operator]
     said = persona.told(*EVAL, "--data", home / "all.jsonl", "--users", 2, "--prior", folder, "--json")
     assert "adapter_context_over_prior_context" in said["summary"]  # type: ignore[operator]
     again = persona("prior", "train", folder, "--data", home / "all.jsonl")

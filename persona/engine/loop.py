@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -122,7 +122,8 @@ class EngineLoop:
     def expect(self, request: Request) -> None:
         """A request that `handle` will get: what it needs is loaded meanwhile. From any thread, during a step, too."""
         if isinstance(request, protocol.Generate) and (adapter := request.request.adapter) is not None:
-            with self._tiers.turn:
+            # What goes wrong here goes wrong in `handle` again, which tells whoever asked.
+            with self._tiers.turn, suppress(PersonaError, RuntimeError, MemoryError):
                 self._scheduler.expect(adapter)
 
     def handle(self, request: Request) -> None:
