@@ -23,7 +23,7 @@ from jobs.checkpoint import SHARE, Checkpoint
 from jobs.sparse import SparseAdapter
 from persona.engine import checkpoint_file, head, protocol
 from persona.engine.adapter_file import Adapter, Array
-from persona.engine.branches import ROUND, Branches, Factors, attended
+from persona.engine.branches import Branches, Factors, attended
 from persona.engine.checkpoint_file import Header, State
 from persona.engine.decoder import Decoder
 from persona.engine.forest import Forest, packed
@@ -34,6 +34,7 @@ from persona.errors import TrainingFailed
 MAX_SKIPPED = 3  # optimizer steps with a non-finite gradient before the run is given up
 EXPLODED = 3.0  # times the first step's loss
 SMALLEST = 40  # targets of an optimizer step, however few a run has
+ROUND = 32  # rows to which the rows that learn are filled up: oneDNN compiles a kernel for every number of rows
 
 
 @dataclass(frozen=True, slots=True)
