@@ -105,7 +105,7 @@ class Tiers:
                 self._settle(one)
                 found.append((one.lease.ref, one.error))
             elif one.error is not None:
-                del self._reading[one.ref]
+                self._reading.pop(one.ref, None)
                 found.append((one.ref, one.error))
         return found
 
@@ -144,10 +144,10 @@ class Tiers:
             adapter = self._read(ref)
             if self._pages(adapter) > self._pool.total:
                 raise AdapterError("The adapter is larger than the engine's memory: raise engine.memory_mb.")
+            with self.turn:
+                lease = self._came(ref, adapter, spared)
         except Exception as error:  # belongs to those who wait for it
             return _Read(ref, error=error)
-        with self.turn:
-            lease = self._came(ref, adapter, spared)
         return self._filled(lease, adapter) if lease is not None else _Read(ref)
 
     def _came(self, ref: AdapterRef, adapter: Adapter, spared: Collection[AdapterRef]) -> Lease[Resident] | None:

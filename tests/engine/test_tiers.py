@@ -140,6 +140,22 @@ def test_a_bad_file_fails_those_who_want_it_and_nobody_else(
         assert slow.end(again) == "length"
 
 
+def test_what_goes_wrong_between_disk_and_device_fails_who_waits_and_is_tried_again(
+    slow: Bench, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = made(slow, tmp_path)
+    first = slow.generate(PROMPT, ref)
+    with monkeypatch.context() as broken:
+        broken.setattr(slow.tiers.shelf, "reserve", lambda *_: 1 / 0)
+        shelf.loads.pop(0)()
+    slow.work()
+    assert slow.failure(first).kind == "Busy"
+    again = slow.generate(PROMPT, ref)
+    shelf.deliver(slow)
+    slow.finish()
+    assert slow.end(again) == "length"
+
+
 @pytest.mark.parametrize("deliveries", [0, 1])
 def test_what_is_dropped_while_it_is_read_or_expanded_is_not_kept(
     slow: Bench, shelf: Shelf, tmp_path: Path, deliveries: int
