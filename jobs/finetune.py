@@ -8,8 +8,8 @@ history up to one entry, so that after a stop it finds the same examples and its
 import asyncio
 import math
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -196,12 +196,8 @@ class Finetune:
         wanted = plans.plan(self._settings.learning, data.passes, first)
         own = [sample.example for sample in data.examples]
         rehearsed = await self.rehearsal.examples(own, data.watermark)
-        folder = await self._adapters.workspace(run.user_id)
-        try:
+        async with self._workspace(run.user_id) as folder:
             last = await self._follow(run, TrainRequest([*own, *rehearsed], wanted, str(folder), first, str(kept)))
-        except BaseException:
-            await asyncio.shield(self._adapters.discard(folder))
-            raise
         return await self._adapters.publish(
             run.user_id,
             folder,
@@ -218,6 +214,16 @@ class Finetune:
             },
             plan=msgspec.to_builtins(wanted),
         )
+
+    @asynccontextmanager
+    async def _workspace(self, user_id: UserId) -> AsyncIterator[Path]:
+        """A folder to write a candidate into; given up if that does not come to an end."""
+        folder = await self._adapters.workspace(user_id)
+        try:
+            yield folder
+        except BaseException:
+            await asyncio.shield(self._adapters.discard(folder))
+            raise
 
     async def _follow(self, run: Run, request: TrainRequest) -> Progress:
         """Train to the end; returns the last progress."""
@@ -264,12 +270,8 @@ class Finetune:
 
     async def _adopted(self, run: Run, prior: AdapterRef, serving: Version | None) -> Version:
         """The prior as a candidate of its own, which has absorbed nothing: training must not make it worse."""
-        folder = await self._adapters.workspace(run.user_id)
-        try:
+        async with self._workspace(run.user_id) as folder:
             await asyncio.to_thread(plans.copy, prior, folder)
-        except BaseException:
-            await asyncio.shield(self._adapters.discard(folder))
-            raise
         return await self._adapters.publish(
             run.user_id,
             folder,
@@ -351,8 +353,7 @@ def _best(candidates: list[Version], verdicts: list[evaluate.Verdict]) -> tuple[
     own, prior = verdicts[0], verdicts[-1]
     if not prior.keep or (own.keep and own.loss_after <= prior.loss_after):
         return candidates[0], own
-    why = "own training refused" if not own.keep else f"own training came to {own.loss_after:.3f}"
-    return candidates[-1], replace(prior, reason=f"The prior serves, {why}. {prior.reason}")
+    return candidates[-1], replace(prior, reason=f"The prior serves. {prior.reason} What was trained: {own.reason}")
 
 
 def _is(version: Version | None, prior: AdapterRef) -> bool:

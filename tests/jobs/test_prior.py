@@ -8,7 +8,7 @@ from histories import TEXT, imported, own
 from world import Tell, World
 
 from jobs import prior
-from persona.domain import EntryId, RunState, User
+from persona.domain import EntryId, Run, RunState, User
 from persona.engine.protocol import ScoreRequest
 from persona.errors import ConfigurationError, RequestError
 from persona.settings import Settings
@@ -27,6 +27,14 @@ def prior_folder(world: World, tmp_path: Path) -> Path:
     (folder / "adapter.safetensors").write_bytes(b"what they have in common")
     named(world, folder)
     return folder
+
+
+def assert_ended(run: Run, state: RunState, begins: str, holds: str = "") -> None:
+    """That the run ended so, and its reason."""
+    assert run.state is state
+    assert run.reason is not None
+    assert run.reason.startswith(begins)
+    assert holds in run.reason
 
 
 def losing(own: float, prior: float, answers: float = 2.0) -> Callable[[ScoreRequest], list[float]]:
@@ -64,9 +72,9 @@ async def test_a_first_version_starts_from_the_prior_and_the_next_from_the_first
 @pytest.mark.parametrize(
     ("losses", "why"),
     [
-        ({"own": 1.9, "prior": 1.8}, "The prior serves, own training came to 1.900. Better: 2.000 → 1.800"),
-        ({"own": 2.1, "prior": 1.8}, "The prior serves, own training refused. Better: 2.000 → 1.800"),
-        ({"own": 1.7, "prior": 1.8, "answers": 2.1}, "The prior serves, own training refused. Better: 2.000 → 1.800"),
+        ({"own": 1.9, "prior": 1.8}, "What was trained: Better: 2.000 → 1.900"),
+        ({"own": 2.1, "prior": 1.8}, "What was trained: Not surely better: 2.000 → 2.100"),
+        ({"own": 1.7, "prior": 1.8, "answers": 2.1}, "What was trained: Drift 5.00%"),
     ],
 )
 async def test_a_prior_that_training_made_worse_serves_itself(
@@ -75,9 +83,7 @@ async def test_a_prior_that_training_made_worse_serves_itself(
     world.engine.predicts = losing(**losses)
     await tell(40)
     run = await world.train(ann)
-    assert run.state is RunState.KEPT
-    assert run.reason is not None
-    assert run.reason.startswith(why)
+    assert_ended(run, RunState.KEPT, "The prior serves. Better: 2.000 → 1.800", why)
     version = await world.adapters.active(ann.id)
     assert version is not None
     assert (version.number, version.watermark, version.parent) == (2, 0, None)
@@ -118,9 +124,7 @@ async def test_a_prior_that_is_refused_leaves_what_served(
     world.engine.predicts = losing(own=2.1, prior=2.2)
     await tell(40)
     run = await world.train(ann)
-    assert run.state is RunState.REJECTED
-    assert run.reason is not None
-    assert run.reason.startswith("Not surely better: 2.000 → 2.100")
+    assert_ended(run, RunState.REJECTED, "Not surely better: 2.000 → 2.100")
     assert world.folders() == []
 
 
@@ -135,9 +139,7 @@ async def test_a_prior_that_goes_while_the_service_runs_ends_the_run_only(
     change(prior_folder / "adapter.safetensors")
     await tell(40)
     run = await finetune.run(await world.runs.request(ann.id, world.clock()))
-    assert run.state is RunState.FAILED
-    assert run.reason is not None
-    assert said in run.reason
+    assert_ended(run, RunState.FAILED, "The prior", said)
     assert world.folders() == []
 
 
