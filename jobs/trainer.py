@@ -13,13 +13,14 @@ at a time, is as long as the user's own words. Beginnings that the examples of a
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
 from torch.optim.adamw import adamw
 
 from jobs.checkpoint import SHARE, Checkpoint
+from jobs.course import Course
 from jobs.sparse import SparseAdapter
 from persona.engine import checkpoint_file, head, protocol
 from persona.engine.adapter_file import Adapter, Array
@@ -32,7 +33,6 @@ from persona.engine.weights import Projection
 from persona.errors import TrainingFailed
 
 MAX_SKIPPED = 3  # optimizer steps with a non-finite gradient before the run is given up
-EXPLODED = 3.0  # times the first step's loss
 SMALLEST = 40  # targets of an optimizer step, however few a run has
 ROUND = 32  # rows to which the rows that learn are filled up: oneDNN compiles a kernel for every number of rows
 
@@ -130,7 +130,7 @@ class Trainer:
         if not self._batches:
             raise TrainingFailed("There is nothing to train on: no example has a target.")
         self._checkpoint = Checkpoint(request.checkpoint, checkpoint_file.fingerprint(request, base), share)
-        self._first = math.inf  # loss of the first step
+        self._course = Course()
 
     def slices(self) -> Iterator[Progress | None]:
         """One item a slice: None, or progress after each optimizer step; the last has `done`."""
@@ -154,14 +154,14 @@ class Trainer:
         """Where to go on: everything is as it was after the step of the checkpoint."""
         before, steps = kept.header, len(self._batches)
         optimizer.load(kept.tensors, before.updates)
-        self._first = before.first
-        return Progress(
-            before.step, steps, before.loss, before.tokens, before.seconds, before.skipped, resumed=before.step
-        )
+        self._course = Course(before.loss, before.words, before.first)
+        loss, seconds, skipped = before.loss, before.seconds, before.skipped
+        return Progress(before.step, steps, loss, before.tokens, seconds, skipped, resumed=before.step)
 
     def _state(self, optimizer: "_AdamW", at: Progress) -> State:
         request, tensors = self._checkpoint.request, optimizer.tensors()
-        header = Header(request, at.step, at.loss, self._first, at.tokens, at.seconds, at.skipped, optimizer.updates)
+        loss, words, first = astuple(self._course)
+        header = Header(request, at.step, loss, words, first, at.tokens, at.seconds, at.skipped, optimizer.updates)
         return State(header, tensors)
 
     def _advance(self, optimizer: "_AdamW", at: Progress) -> Generator[None, None, Progress]:
@@ -171,14 +171,12 @@ class Trainer:
         for pack in batch:
             part = yield from self._pack(pack, weight)
             own, rehearsed = (own, rehearsed + part) if pack.distil else (own + part, rehearsed)
-        words = sum(pack.weight for pack in batch if not pack.distil)
-        # What is told and watched is the loss of words; a step without any has that of the step before.
-        loss = own * weight / words if words else at.loss if math.isfinite(at.loss) else rehearsed
-        self._first = loss if words and math.isinf(self._first) and math.isfinite(loss) else self._first
+        self._course = self._course.after(own * weight, sum(pack.weight for pack in batch if not pack.distil))
         sound = yield from self._update(optimizer, step, at.steps)
         skipped = at.skipped + (not (sound and math.isfinite(own + rehearsed)))
-        self._watch(loss, self._first, skipped)
+        self._watch(skipped)
         seen = at.tokens + sum(pack.tokens for pack in batch)
+        loss = self._course.loss if self._course.words else rehearsed  # the loss of words is told, where there are any
         return protocol.replace(at, step=step, loss=loss, tokens=seen, skipped=skipped)
 
     def _ordered(self, examples: list[Example]) -> list[list[Pack]]:
@@ -194,10 +192,10 @@ class Trainer:
                 made.append(batch)
         return made
 
-    def _watch(self, loss: float, first: float, skipped: int) -> None:
+    def _watch(self, skipped: int) -> None:
         if skipped > MAX_SKIPPED:
             raise TrainingFailed("The loss or its gradient was not finite several times; nothing was published.")
-        if math.isfinite(loss) and loss > EXPLODED * first + 1:
+        if self._course.exploded:
             raise TrainingFailed("The loss exploded; nothing was published. Lower learning.learning_rate.")
         if self._adapter.norm() > self._plan.max_norm:
             raise TrainingFailed("The update outgrew the base; nothing was published. Lower learning.learning_rate.")

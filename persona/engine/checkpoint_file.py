@@ -22,7 +22,7 @@ from persona.engine.protocol import TrainRequest
 
 FILE = "checkpoint.safetensors"
 _PART = FILE + ".part"
-_FORM = 2  # of the file, and of how a request becomes steps: a later form goes on from no earlier one
+_FORM = 3  # of the file, and of how a request becomes steps: a later form goes on from no earlier one
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,9 @@ class Header:
 
     request: str  # its fingerprint
     step: int
-    loss: float  # of that step
-    first: float  # loss of the first step
+    loss: float  # over the latest words
+    words: float  # how many those are
+    first: float  # the first such loss
     tokens: int
     seconds: float
     skipped: int

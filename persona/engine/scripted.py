@@ -202,7 +202,7 @@ def _keep(request: TrainRequest, step: int) -> None:
     if not request.checkpoint:
         return
     name = checkpoint_file.fingerprint(request, BASE)
-    state = State(Header(name, step, 1.0 / step, 1.0, 100 * step, 0.1 * step, 0, step), {})
+    state = State(Header(name, step, 1.0 / step, 1.0, 1.0, 100 * step, 0.1 * step, 0, step), {})
     with contextlib.suppress(FileNotFoundError):
         for _ in checkpoint_file.write(Path(request.checkpoint), state):
             pass

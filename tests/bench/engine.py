@@ -122,7 +122,7 @@ async def keeping_the_state(engine: LocalEngine, prepared: prepare.Prepared, out
     layers = round(shape.layers * PLAN.layers)
     size = layers * PLAN.rank * sum(sum(shape.projection(target)) for target in TARGETS)
     vector = np.random.default_rng(1).standard_normal(size).astype(np.float32)
-    head = checkpoint_file.Header("r" * 64, 1, 1.0, 1.0, 1, 1.0, 0, 1)
+    head = checkpoint_file.Header("r" * 64, 1, 1.0, 1.0, 1.0, 1, 1.0, 0, 1)
     state = checkpoint_file.State(head, dict.fromkeys(("values", "mean", "square"), vector))
     whole, longest = [], []
     for _ in range(20):

@@ -254,7 +254,7 @@ def test_keeping_costs_a_small_share_of_the_training(models: Models, tmp_path: P
 
 
 def test_a_state_says_what_it_is_and_holds_no_word(tmp_path: Path) -> None:
-    head = Header("r" * 64, 3, math.nan, math.inf, 100, 1.5, 1, 2)
+    head = Header("r" * 64, 3, math.nan, 0.0, math.inf, 100, 1.5, 1, 2)
     values = {"values": np.arange(5, dtype=np.float32), "mean": np.ones(5, np.float32)}
     assert list(checkpoint_file.write(tmp_path, State(head, values))) == ["made", "written", "synced", "replaced"]
     found = checkpoint_file.read(tmp_path, "r" * 64)
