@@ -16,11 +16,12 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,12 +56,13 @@ class Arm:
     bits: int = 16  # of each stored value
     modules: str = "all"  # or mlp
     batch: int = 160  # targets per optimizer step
+    mask: str = "random"  # of frozen: or largest, of a dense B trained before, or shared, the first person's of those
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
         name, *options = text.split(":")
         kinds = {"rank": int, "layers": float, "density": float, "rate": float, "bits": int, "batch": int}
-        kinds |= {"modules": str}
+        kinds |= {"modules": str, "mask": str}
         pairs = (option.split("=", 1) for option in options)
         return cls(name, **{key: kinds[key](value) for key, value in pairs})  # type: ignore[arg-type]
 
@@ -70,6 +72,7 @@ class Form(SparseAdapter):
 
     arm: Arm  # set on a subclass for each arm
     base: Decoder
+    chosen: dict[tuple[int, str], torch.Tensor] | None = None  # places of B that train, where they are not drawn
 
     def __init__(self, shape, plan: Plan, base: str, dtype: torch.dtype, device: torch.device) -> None:  # type: ignore[no-untyped-def]
         super().__init__(shape, plan, base, dtype, device)
@@ -106,6 +109,9 @@ class Form(SparseAdapter):
         """Bytes."""
         return len(self.values) * self.arm.bits // 8
 
+    def after_step(self) -> None:
+        """What an arm does to its values once an optimizer step has changed them."""
+
     def rounded(self) -> None:
         """Every value as it would be stored in 8 bits, with a scale for each rank of each piece."""
         for leaves in self.pieces.values():
@@ -120,7 +126,7 @@ class Form(SparseAdapter):
 
     def begin(self, layer: int, target: str, *leaves: torch.Tensor) -> None:
         rows, columns = leaves[0].shape
-        leaves[0].copy_(torch.from_numpy(first_a(0, layer, target, rows, columns)))
+        leaves[0].copy_(torch.from_numpy(first_a(8 * self._seed, layer, target, rows, columns)))
 
     def factor(self, layer: int, target: str, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return leaves[0], leaves[1]
@@ -135,28 +141,63 @@ class Separate(Form):
 
     def begin(self, layer: int, target: str, *leaves: torch.Tensor) -> None:
         for part, leaf in enumerate(leaves[::2]):
-            leaf.copy_(torch.from_numpy(first_a(part, layer, target, *leaf.shape)))
+            leaf.copy_(torch.from_numpy(first_a(8 * self._seed + part, layer, target, *leaf.shape)))
 
     def factor(self, layer: int, target: str, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat(leaves[::2], 1), torch.block_diag(*leaves[1::2])
 
 
 class Frozen(Form):
-    """LoRI: A frozen and shared, B under a random mask."""
+    """LoRI: A frozen and shared, B under a mask."""
 
     def sizes(self, target: str) -> list[tuple[int, int]]:
         return [(1, round(self._shape.projection(target)[0] * self.header.rank * self.arm.density))]
 
     def begin(self, layer: int, target: str, *leaves: torch.Tensor) -> None:
         out, inputs = self._shape.projection(target)
-        a = torch.from_numpy(first_a(0, layer, target, inputs, self.header.rank)) * 3**0.5
-        where = torch.randperm(out * self.header.rank, generator=self.random)[: leaves[0].numel()]
-        self.factors[layer, target] = Factor(a, where)
+        a = torch.from_numpy(first_a(8 * self._seed, layer, target, inputs, self.header.rank)) * 3**0.5
+        drawn = torch.randperm(out * self.header.rank, generator=self.random)
+        where = drawn if self.chosen is None else self.chosen[layer, target]
+        self.factors[layer, target] = Factor(a, where[: leaves[0].numel()])
 
     def factor(self, layer: int, target: str, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         frozen, out = self.factors[layer, target], self._shape.projection(target)[0]
         b = torch.zeros(self.header.rank * out).index_copy(0, frozen.b, leaves[0].view(-1))
         return frozen.a, b.view(self.header.rank, out)
+
+    def largest(self) -> dict[tuple[int, str], torch.Tensor]:
+        """The places of each B, those with the largest values first."""
+        found = {}
+        for place, (leaf,) in self.pieces.items():
+            order = leaf.detach().view(-1).abs().argsort(descending=True)
+            found[place] = self.factors[place].b[order]
+        return found
+
+
+class Gated(Form):
+    """SoRA: a gate before each rank, drawn towards zero after each step; what is closed at the end is not stored."""
+
+    OPEN, DRAWN = 0.1, 1.5e-3  # a gate at first; how far it is drawn a step
+
+    def sizes(self, target: str) -> list[tuple[int, int]]:
+        out, inputs = self._shape.projection(target)
+        return [(inputs, self.header.rank), (self.header.rank, out), (1, self.header.rank)]
+
+    def begin(self, layer: int, target: str, *leaves: torch.Tensor) -> None:
+        super().begin(layer, target, *leaves)
+        leaves[2].fill_(self.OPEN)
+
+    def factor(self, layer: int, target: str, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return leaves[0] * (leaves[2] / self.OPEN), leaves[1]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for _, _, gate in self.pieces.values():
+            gate.copy_(gate.sign() * (gate.abs() - self.DRAWN).clamp(min=0))
+
+    def stored(self) -> int:
+        values = sum((a.shape[0] + b.shape[1]) * int((gate != 0).sum()) for a, b, gate in self.pieces.values())
+        return values * self.arm.bits // 8
 
 
 class Masked(Form):
@@ -197,8 +238,17 @@ class Extra(Form):
         return around.a, leaves[0] @ around.b
 
 
-FORMS = {"fused": Form, "dense": Separate, "frozen": Frozen, "masked": Masked, "xs": Extra}
+FORMS = {"fused": Form, "dense": Separate, "frozen": Frozen, "gated": Gated, "masked": Masked, "xs": Extra}
 DEFAULT = "dense:rank=8:rate=0.002,fused:layers=0.9:bits=8,frozen:rank=16:density=0.1:rate=0.01"
+
+
+class Watched(Trainer):
+    """The product's trainer, whose form has a word after each step."""
+
+    def _update(self, *how: Any) -> Generator[None, None, bool]:
+        sound = yield from super()._update(*how)
+        self._adapter.after_step()  # type: ignore[attr-defined]
+        return sound
 
 
 class Ground:
@@ -233,13 +283,26 @@ class Ground:
         except StopIteration as ended:
             return -sum(map(sum, ended.value)) / sum(map(len, ended.value))
 
-    def train(self, arm: Arm, examples: list[Example], passes: int, seed: int) -> "Trained":
-        form = type("Chosen", (FORMS[arm.name],), {"arm": arm, "base": self.decoder})
+    def masks(self, arm: Arm, examples: list[Example], passes: int, seed: int) -> dict[tuple[int, str], torch.Tensor]:
+        """Of a B that trains as a whole first."""
+        whole = self.train(replace(arm, density=1.0, mask="random", bits=16), examples, passes, seed).form
+        assert isinstance(whole, Frozen)
+        return whole.largest()
+
+    def train(
+        self,
+        arm: Arm,
+        examples: list[Example],
+        passes: int,
+        seed: int,
+        chosen: dict[tuple[int, str], torch.Tensor] | None = None,
+    ) -> "Trained":
+        form = type("Chosen", (FORMS[arm.name],), {"arm": arm, "base": self.decoder, "chosen": chosen})
         plan = Plan(
             arm.rank, 2.0 * arm.rank, arm.layers, seed, passes, arm.batch, slice_tokens=SIZE, learning_rate=arm.rate
         )
         with tempfile.TemporaryDirectory() as out:
-            trainer = Trainer(self.decoder, self.hash, TrainRequest(examples, plan, out), None, form=form)
+            trainer = Watched(self.decoder, self.hash, TrainRequest(examples, plan, out), None, form=form)
             started = time.perf_counter()
             steps = max(at.step for at in trainer.slices() if at)
         made = trainer._adapter
@@ -303,9 +366,12 @@ def main() -> None:
     bare = {name: ground.loss(drafts, None) for name, drafts in given.tested.items()}
     neutral, said = ground.loss(ground.reference(), None), ground.loss(given.replies, None)
     for text in asked.arms.split(","):
-        arm, made = Arm.parse(text), {}
+        arm, made, chosen = Arm.parse(text), {}, None
         for person in some:
-            made[person.name] = ground.train(arm, given.examples[person.name], asked.passes, asked.seed)
+            how = arm, given.examples[person.name], asked.passes, asked.seed
+            if arm.mask == "largest" or (arm.mask == "shared" and chosen is None):
+                chosen = ground.masks(*how)
+            made[person.name] = ground.train(*how, chosen)
         for place, person in enumerate(some):
             mine, tested = made[person.name], given.tested[person.name]
             adapter = resident(mine.form)
