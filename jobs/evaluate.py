@@ -76,30 +76,35 @@ class Loss:
     tokens: int
 
 
-async def gate(
-    engine: Serving,
-    tokenizer: ChatTokenizer,
-    *,
-    candidates: Sequence[Version],
-    serving: Version | None,
-    held_out: Sequence[HeldOut],
-    recent: Sequence[Entry],
-    rehearsal: Rehearsal,
-    settings: Settings,
-    context: int = 4096,
-) -> list[Verdict]:
-    """Judge each of the `candidates` against `serving` (None: the bare base) on `held_out`.
+class Gate:
+    """Judges candidates of one user against `serving` (None: the bare base) on `held_out`.
 
-    recent: entries that prompts may quote, ascending · context: tokens that a sequence may have. Raises AdapterError if
-    a file cannot be served, Busy if the engine cannot score or generate now.
+    recent: entries that prompts may quote, ascending · context: tokens that a sequence may have.
     """
-    scorer = Scorer(engine, tokenizer, held_out, recent, settings, context)
-    before = await scorer.messages(side(serving))
-    verdicts = []
-    for mine in map(side, candidates):
-        after = await scorer.messages(mine)
-        verdicts.append(judge(before, after, await scorer.cost(mine.adapter, rehearsal), settings))
-    return verdicts
+
+    def __init__(
+        self,
+        engine: Serving,
+        tokenizer: ChatTokenizer,
+        *,
+        serving: Version | None,
+        held_out: Sequence[HeldOut],
+        recent: Sequence[Entry],
+        rehearsal: Rehearsal,
+        settings: Settings,
+        context: int = 4096,
+    ) -> None:
+        self._scorer = Scorer(engine, tokenizer, held_out, recent, settings, context)
+        self._serving, self._rehearsal, self._settings = serving, rehearsal, settings
+        self._before: list[Loss] | None = None  # scored once, whoever is judged against it
+
+    async def verdict(self, candidate: Version) -> Verdict:
+        """Raises AdapterError if a file cannot be served, Busy if the engine cannot score or generate now."""
+        if self._before is None:
+            self._before = await self._scorer.messages(side(self._serving))
+        mine = side(candidate)
+        after = await self._scorer.messages(mine)
+        return judge(self._before, after, await self._scorer.cost(mine.adapter, self._rehearsal), self._settings)
 
 
 async def cost(

@@ -10,7 +10,7 @@ import math
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from jobs import dataset, evaluate, live, plans, recovery, retention
+from jobs.candidates import Candidates, reject
 from jobs.rehearsal import Rehearsal
 from persona.domain import ChatTokenizer, EntryId, Run, RunState, User, UserId, Version, VersionState
 from persona.engine.faces import Engine
@@ -45,6 +46,18 @@ class _Outcome:
     reason: str
     candidate: Version | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a training wrote, and what is to be known of any version that is made of it."""
+
+    whole_way: Path
+    half_way: Path
+    watermark: EntryId
+    parent: int | None
+    metrics: dict[str, Any]
+    plan: dict[str, Any]
 
 
 class Finetune:
@@ -133,8 +146,9 @@ class Finetune:
         if isinstance(data, dataset.Deferred):
             return _Outcome(RunState.DEFERRED, data.reason)
         log.info("→ finetune", user=user.name, run=run.id, examples=len(data.examples), new_tokens=data.new_tokens)
-        trained = await self._train(run, kept, start, serving, data)
-        candidate, verdict = await self._judge(run, trained, serving, data)
+        async with self._workspace(user.id) as whole_way, self._workspace(user.id) as half_way:
+            made = await self._train(run, kept, start, serving, data, (whole_way, half_way))
+            candidate, verdict = await self._judge(run, made, serving, data)
         metrics = {**verdict.metrics(), "examples": len(data.examples), "new_tokens": data.new_tokens}
         state = RunState.KEPT if verdict.keep else RunState.REJECTED
         return _Outcome(state, verdict.reason, candidate, metrics)
@@ -184,9 +198,15 @@ class Finetune:
         return max((version.watermark for version in mine), default=EntryId(0))
 
     async def _train(
-        self, run: Run, kept: Path, start: Version | None, serving: Version | None, data: dataset.Dataset
-    ) -> Version:
-        """A durable candidate. Its examples are on record first, so that whoever deletes one finds this run."""
+        self,
+        run: Run,
+        kept: Path,
+        start: Version | None,
+        serving: Version | None,
+        data: dataset.Dataset,
+        out: tuple[Path, Path],
+    ) -> "_Made":
+        """What was trained, in two workspaces. Its examples are on record first: who deletes one finds this run."""
         rows = [
             ExampleRow(sample.entry_id, sample.frame, len(sample.example.tokens), sample.example.weight)
             for sample in data.examples
@@ -196,34 +216,26 @@ class Finetune:
         wanted = plans.plan(self._settings.learning, data.passes, first)
         own = [sample.example for sample in data.examples]
         rehearsed = await self.rehearsal.examples(own, data.watermark)
-        async with self._workspace(run.user_id) as folder:
-            last = await self._follow(run, TrainRequest([*own, *rehearsed], wanted, str(folder), first, str(kept)))
-        return await self._adapters.publish(
-            run.user_id,
-            folder,
-            watermark=data.watermark,
-            parent=start.number if start else None,
-            base=self.base_hash(),
-            run_id=run.id,
-            metrics={
-                "shape": plans.shape(wanted),
-                "steps": last.steps,
-                "skipped": last.skipped,
-                "training_loss": last.loss,
-                **_compared(run, serving),
-            },
-            plan=msgspec.to_builtins(wanted),
-        )
+        whole_way, half_way = map(str, out)
+        request = TrainRequest([*own, *rehearsed], wanted, whole_way, first, str(kept), half_way)
+        last = await self._follow(run, request)
+        metrics = {
+            "shape": plans.shape(wanted),
+            "steps": last.steps,
+            "skipped": last.skipped,
+            "training_loss": last.loss,
+            **_compared(run, serving),
+        }
+        return _Made(*out, data.watermark, start.number if start else None, metrics, msgspec.to_builtins(wanted))
 
     @asynccontextmanager
     async def _workspace(self, user_id: UserId) -> AsyncIterator[Path]:
-        """A folder to write a candidate into; given up if that does not come to an end."""
+        """A folder to write a candidate into; whatever is not published from it is given up."""
         folder = await self._adapters.workspace(user_id)
         try:
             yield folder
-        except BaseException:
+        finally:
             await asyncio.shield(self._adapters.discard(folder))
-            raise
 
     async def _follow(self, run: Run, request: TrainRequest) -> Progress:
         """Train to the end; returns the last progress."""
@@ -238,50 +250,59 @@ class Finetune:
         raise TrainingFailed("The engine ended the training without a result.")
 
     async def _judge(
-        self, run: Run, trained: Version, serving: Version | None, data: dataset.Dataset
+        self, run: Run, made: "_Made", serving: Version | None, data: dataset.Dataset
     ) -> tuple[Version, evaluate.Verdict]:
         """The best of the candidates, and the gate's verdict on it. Whatever is not kept loses its files."""
-        candidates = [trained]
-        try:
-            if trained.parent is None and self._prior is not None and not _is(serving, self._prior):
-                candidates.append(await self._adopted(run, self._prior, serving))
-            for candidate in candidates:
-                await self._engine.stage(ref(candidate))
-            verdicts = await evaluate.gate(
-                self._engine,
-                self._tokenizer,
-                candidates=candidates,
-                serving=serving,
-                held_out=data.held_out,
-                recent=data.recent,
-                rehearsal=self.rehearsal,
-                settings=self._settings,
-                context=await self._context(),
-            )
-            best, verdict = _best(candidates, verdicts)
+        gate = evaluate.Gate(
+            self._engine,
+            self._tokenizer,
+            serving=serving,
+            held_out=data.held_out,
+            recent=data.recent,
+            rehearsal=self.rehearsal,
+            settings=self._settings,
+            context=await self._context(),
+        )
+        async with Candidates(self._adapters, self._engine, gate) as candidates:
+            if not (await candidates.judge(await self._publish(run, made), "What was trained")).keep:
+                await candidates.judge(await self._publish(run, made, half=True), "Half of it")
+            if made.parent is None and self._prior is not None and not _is(serving, self._prior):
+                await candidates.judge(await self._adopted(run, self._prior, serving), "The prior")
+            best, verdict = candidates.best()
             if verdict.keep:
                 await self._warmed(best)
             await self._still_wanted(best, serving)
-        except BaseException:
-            await asyncio.shield(self._reject(*candidates))
-            raise
-        await self._reject(*(each for each in candidates if each is not best or not verdict.keep))
+            if verdict.keep:
+                candidates.spare(best)
         return best, verdict
+
+    async def _publish(self, run: Run, made: "_Made", *, half: bool = False) -> Version:
+        """A durable candidate."""
+        return await self._adapters.publish(
+            run.user_id,
+            made.half_way if half else made.whole_way,
+            watermark=made.watermark,
+            parent=made.parent,
+            base=self.base_hash(),
+            run_id=run.id,
+            metrics={**made.metrics, "half": half},
+            plan=made.plan,
+        )
 
     async def _adopted(self, run: Run, prior: AdapterRef, serving: Version | None) -> Version:
         """The prior as a candidate of its own, which has absorbed nothing: training must not make it worse."""
         async with self._workspace(run.user_id) as folder:
             await asyncio.to_thread(plans.copy, prior, folder)
-        return await self._adapters.publish(
-            run.user_id,
-            folder,
-            watermark=EntryId(0),
-            parent=None,
-            base=self.base_hash(),
-            run_id=None,
-            metrics={"prior": True, **_compared(run, serving)},
-            plan={},
-        )
+            return await self._adapters.publish(
+                run.user_id,
+                folder,
+                watermark=EntryId(0),
+                parent=None,
+                base=self.base_hash(),
+                run_id=None,
+                metrics={"prior": True, **_compared(run, serving)},
+                plan={},
+            )
 
     async def _warmed(self, candidate: Version) -> None:
         """Give the engine time to read live conversations under the candidate, before it serves: idle time only."""
@@ -300,13 +321,6 @@ class Finetune:
         now = await self._serving(user)
         if (now.number if now else None) != (serving.number if serving else None) or candidate.base != self.base_hash():
             raise TrainingFailed("Another version began to serve while this run was training.")
-
-    async def _reject(self, *candidates: Version) -> None:
-        for candidate in candidates:
-            try:
-                await self._adapters.reject(candidate.user_id, candidate.number)
-            except PersonaError as error:  # it is no candidate any more, or the start will repair it: never serving
-                log.warning("candidate could not be rejected", version=candidate.number, error=type(error).__name__)
 
     async def _close(self, run: Run, outcome: _Outcome) -> Run:
         """Record the end of a run; then nobody goes on from its state any more."""
@@ -334,7 +348,7 @@ class Finetune:
         try:
             await self._adapters.point(user.id, candidate.number)
         except PersonaError as error:
-            await self._reject(candidate)
+            await reject(self._adapters, candidate)
             return _Outcome(RunState.FAILED, f"The version could not be put into service: {error.message}")
         try:
             await self._engine.flip(ref(candidate))
@@ -346,14 +360,6 @@ class Finetune:
 
 async def _nothing(user: User, version: Version) -> None:
     pass
-
-
-def _best(candidates: list[Version], verdicts: list[evaluate.Verdict]) -> tuple[Version, evaluate.Verdict]:
-    """What was trained, unless the prior may serve and that may not, or predicts worse."""
-    own, prior = verdicts[0], verdicts[-1]
-    if not prior.keep or (own.keep and own.loss_after <= prior.loss_after):
-        return candidates[0], own
-    return candidates[-1], replace(prior, reason=f"The prior serves. {prior.reason} What was trained: {own.reason}")
 
 
 def _is(version: Version | None, prior: AdapterRef) -> bool:

@@ -67,6 +67,15 @@ class SparseAdapter:
             factor.a.copy_(torch.from_numpy(pair[0]).t())
             factor.b.copy_(torch.from_numpy(pair[1]).t())
 
+    @torch.no_grad()
+    def halve(self, begun: torch.Tensor | None) -> None:
+        """Go half of the way back to the values `begun`, or to the bare base: from there to half of the update."""
+        if begun is not None:
+            self.values.lerp_(begun, 0.5)
+            return
+        for factor in self.factors.values():
+            factor.b.mul_(0.5)
+
     def scaled(self, layer: int, target: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a projection adds: A [in, rank] and B [rank, out] with its scale; None where nothing trains."""
         factor = self.factors.get((layer, target))

@@ -122,7 +122,8 @@ class Trainer:
         form: type[SparseAdapter] = SparseAdapter,
     ) -> None:
         """share: of its time that a training may spend on keeping its state · form: another one, for comparisons."""
-        self._decoder, self._plan, self._out = decoder, request.plan, Path(request.out)
+        self._decoder, self._plan = decoder, request.plan
+        self._out, self._half = Path(request.out), Path(request.half) if request.half else None
         self._adapter = form(decoder.shape, request.plan, base, decoder.dtype, decoder.device)
         self._start = start
         _check(request.examples, decoder.shape.vocab)
@@ -138,6 +139,7 @@ class Trainer:
         yield from self._adapter.build()
         if self._start is not None:
             self._adapter.start_from(self._start)
+        begun = self._adapter.values.clone() if self._start is not None else None
         optimizer = _AdamW(self._adapter.values, self._plan.weight_decay)
         at = self._taken_up(optimizer, kept) if kept else Progress(0, len(self._batches), math.nan, 0, 0.0)
         started -= at.seconds
@@ -148,6 +150,11 @@ class Trainer:
                 yield from self._checkpoint.write(self._state(optimizer, at))
             yield at
         self._adapter.save(self._out)
+        if self._half is not None:
+            yield None
+            self._adapter.halve(begun)
+            yield None
+            self._adapter.save(self._half)
         yield protocol.replace(at, seconds=time.perf_counter() - started, done=True)
 
     def _taken_up(self, optimizer: "_AdamW", kept: State) -> Progress:

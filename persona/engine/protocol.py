@@ -131,6 +131,7 @@ class TrainRequest(msgspec.Struct, frozen=True):
     out: str
     start: AdapterRef | None = None
     checkpoint: str = ""  # folder in which the state is kept at optimizer steps; none is kept without
+    half: str = ""  # folder for another one, half of the way from `start` to what was trained; none is made without
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -136,7 +136,9 @@ class ScriptedEngine:
                 yield self._progress(step, resumed=begin)
             if self.trainable is None:
                 raise TrainingFailed("The loss was not finite at step 1; nothing was published.")
-            await asyncio.to_thread(Path(request.out, "adapter.safetensors").write_bytes, self.trainable)
+            for folder, content in ((request.out, self.trainable), (request.half, self.trainable + b" by half")):
+                if folder:
+                    await asyncio.to_thread(Path(folder, "adapter.safetensors").write_bytes, content)
             yield self._progress(self.steps, resumed=begin, done=True)
         finally:
             self._training = False

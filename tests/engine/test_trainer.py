@@ -195,6 +195,35 @@ def test_what_is_written_is_what_was_trained(models: Models, tmp_path: Path) -> 
     assert abs(sum(with_it) / 2 - measured) < 0.05
 
 
+def updates(folder: Path) -> list[torch.Tensor]:
+    """Of each projection, as it stands in the file."""
+    made = adapter_file.parse((folder / FILE).read_bytes())
+    pairs = [made.values(layer, target) for layer in range(2) for target in TARGETS]
+    return [torch.from_numpy(pair[1] @ pair[0]) for pair in pairs if pair is not None]
+
+
+def halved(models: Models, folder: Path, start: AdapterRef | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    made = request(folder, learnable(40), start)
+    (folder / "half").mkdir()
+    run(models, protocol.replace(made, half=str(folder / "half")))
+    return updates(folder), updates(folder / "half")
+
+
+def test_half_of_what_was_trained_is_half_of_its_update(models: Models, tmp_path: Path) -> None:
+    for whole, half in zip(*halved(models, tmp_path / "from-nothing", None), strict=True):
+        assert torch.allclose(half, whole / 2, atol=1e-6)
+
+
+def test_half_of_what_a_version_learned_anew_lies_between(models: Models, tmp_path: Path) -> None:
+    run(models, request(tmp_path / "first", learnable(40), passes=3))
+    before = updates(tmp_path / "first")
+    for old, new, half in zip(
+        before, *halved(models, tmp_path / "then", adapters.reference(tmp_path / "first")), strict=True
+    ):
+        assert (new - old).norm() > 0.01 * old.norm()
+        assert (half - (old + new) / 2).norm() < 0.2 * (new - old).norm()
+
+
 def test_training_is_deterministic(models: Models, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         run(models, request(tmp_path / folder, learnable(), passes=2))

@@ -59,17 +59,16 @@ async def judge(
     **more: Any,
 ) -> Verdict:
     made, wanted = made or data(), settings(**more)
-    (verdict,) = await evaluate.gate(
+    gate = evaluate.Gate(
         engine,
         TEXT,
-        candidates=[candidate],
         serving=serving,
         held_out=made.held_out,
         recent=made.recent,
         rehearsal=Rehearsal(engine, TEXT, wanted, lambda: "base"),
         settings=wanted,
     )
-    return verdict
+    return await gate.verdict(candidate)
 
 
 def per_version(scores: dict[int, float]) -> Score:

@@ -13,6 +13,8 @@ from persona.engine.protocol import ScoreRequest
 from persona.errors import ConfigurationError, RequestError
 from persona.settings import Settings
 
+COMMON = b"what they have in common"
+
 
 def named(world: World, folder: Path) -> None:
     learning = world.settings.learning.model_copy(update={"prior": str(folder)})
@@ -24,7 +26,7 @@ def prior_folder(world: World, tmp_path: Path) -> Path:
     """A prior that the settings name."""
     folder = tmp_path / "prior"
     folder.mkdir()
-    (folder / "adapter.safetensors").write_bytes(b"what they have in common")
+    (folder / "adapter.safetensors").write_bytes(COMMON)
     named(world, folder)
     return folder
 
@@ -37,15 +39,18 @@ def assert_ended(run: Run, state: RunState, begins: str, holds: str = "") -> Non
     assert holds in run.reason
 
 
-def losing(own: float, prior: float, answers: float = 2.0) -> Callable[[ScoreRequest], list[float]]:
-    """Losses of what was trained (odd versions), of the prior (even ones) and of the base, which has 2; on answers the
-    trained ones have `answers`."""
+def losing(own: float, prior: float, answers: float = 2.0, half: float = 2.2) -> Callable[[ScoreRequest], list[float]]:
+    """Losses of what was trained, of half of it, of the prior and of the base, which has 2; on answers what was trained
+    has `answers`."""
 
     def score(request: ScoreRequest) -> list[float]:
-        number = request.adapter.number if request.adapter else 0
-        neutral = request.tokens[request.targets[0] - 1] == 258
-        said = {True: answers if number % 2 else 2.0, False: (own if number % 2 else prior) if number else 2.0}
-        return [-said[neutral]] * len(request.targets)
+        neutral, loss = request.tokens[request.targets[0] - 1] == 258, 2.0
+        if request.adapter:
+            content = Path(request.adapter.path, "adapter.safetensors").read_bytes()
+            loss = prior if content == COMMON else half if content.endswith(b" by half") else own
+            neutral_loss = 2.0 if content == COMMON or content.endswith(b" by half") else answers
+            loss = neutral_loss if neutral else loss
+        return [-loss] * len(request.targets)
 
     return score
 
@@ -66,7 +71,7 @@ async def test_a_first_version_starts_from_the_prior_and_the_next_from_the_first
     assert starts[1] is not None
     assert (starts[1].user_id, starts[1].number) == (ann.id, 1)
     versions = {version.number: version.parent for version in await world.adapters.list(ann.id)}
-    assert versions == {1: None, 2: None, 3: 1}
+    assert versions == {1: None, 2: None, 3: 1, 4: 1}  # the second run's, whole and half, are no better
 
 
 @pytest.mark.parametrize(
@@ -86,9 +91,9 @@ async def test_a_prior_that_training_made_worse_serves_itself(
     assert_ended(run, RunState.KEPT, "The prior serves. Better: 2.000 → 1.800", why)
     version = await world.adapters.active(ann.id)
     assert version is not None
-    assert (version.number, version.watermark, version.parent) == (2, 0, None)
-    assert (Path(version.path) / "adapter.safetensors").read_bytes() == b"what they have in common"
-    assert world.folders() == [f"{ann.id}/2"]
+    assert (version.watermark, version.parent) == (0, None)
+    assert (Path(version.path) / "adapter.safetensors").read_bytes() == COMMON
+    assert world.folders() == [f"{ann.id}/{version.number}"]
 
 
 async def test_behind_a_prior_that_serves_the_next_run_starts_from_it_on_the_whole_history(
