@@ -213,8 +213,8 @@ class Finetune:
         ]
         await self._runs.set_examples(run.id, rows)
         first = ref(start) if start else self._prior
-        wanted = plans.plan(self._settings.learning, data.passes, first)
         own = [sample.example for sample in data.examples]
+        wanted = plans.plan(self._settings.learning, data.passes, first, own)
         rehearsed = await self.rehearsal.examples(own, data.watermark)
         whole_way, half_way = map(str, out)
         request = TrainRequest([*own, *rehearsed], wanted, whole_way, first, str(kept), half_way)

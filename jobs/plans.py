@@ -1,20 +1,23 @@
 """From settings to what the trainer is told: the form of an adapter, how it is trained, and what it starts from."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from persona.engine import adapter_file
-from persona.engine.protocol import AdapterRef, Plan
+from persona.engine.protocol import AdapterRef, Example, Plan
 from persona.errors import ConfigurationError
 from persona.settings import Learning
 from storage import files
 
 NOBODY = 0  # user id of a prior
+SHORT = 32  # own words of a message; the settings' rates are for messages of at most so many
 
 
-def plan(learning: Learning, passes: int, start: AdapterRef | None = None) -> Plan:
-    """How the settings want a run of so many passes from `start`, or from nothing."""
+def plan(learning: Learning, passes: int, start: AdapterRef | None = None, own: Sequence[Example] = ()) -> Plan:
+    """How the settings want a run of so many passes over `own` from `start`, or from nothing."""
     from_prior = start is not None and start.user_id == NOBODY
+    rate = learning.prior_rate if from_prior else learning.learning_rate
     return Plan(
         rank=learning.rank,
         alpha=learning.alpha,
@@ -23,9 +26,19 @@ def plan(learning: Learning, passes: int, start: AdapterRef | None = None) -> Pl
         batch_tokens=learning.batch_tokens,
         least_steps=learning.least_steps,
         slice_tokens=learning.slice_tokens,
-        learning_rate=learning.prior_rate if from_prior else learning.learning_rate,
+        learning_rate=rate * pace(own),
         max_tokens=learning.max_run_tokens,
     )
+
+
+def pace(own: Sequence[Example]) -> float:
+    """Of a rate, for examples of such length: the longer a message, the fewer of them in an optimizer step.
+
+    Words of one message say much the same of the direction to go, so that a step's noise is that of so many messages;
+    an adaptive optimizer's rate goes with their root (Malladi and others, 2022, arXiv:2205.10287).
+    """
+    words = sum(len(example.targets) for example in own)
+    return min(1.0, (SHORT * len(own) / words) ** 0.5) if words else 1.0
 
 
 def shape(plan: Plan) -> list[float]:

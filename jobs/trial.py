@@ -199,8 +199,8 @@ class Trial:
             data, start = lesson.data, stages[-1].adapter if stages else self._prior
             out = self._folder / f"{pupil.user_id}-{lesson.entries}"
             out.mkdir(parents=True)
-            wanted = plan(self._settings.learning, data.passes, start)
             own = [sample.example for sample in data.examples]
+            wanted = plan(self._settings.learning, data.passes, start, own)
             rehearsed = await self._rehearsal.examples(own, data.watermark)
             last = await self._train(TrainRequest([*own, *rehearsed], wanted, str(out), start))
             made = out / adapter_file.FILE

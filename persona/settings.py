@@ -124,7 +124,9 @@ class Learning(Section):
     alpha: float = Field(4.0, gt=0, description="LoRA alpha")
     layers: float = Field(0.9, gt=0, le=1, description="share of the layers, from the top, that an adapter changes")
     passes: int = Field(2, ge=1, description="times the examples are seen in one run")
-    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
+    learning_rate: float = Field(
+        3e-3, gt=0, description="peak learning rate; messages of more than 32 words on average have a slower one"
+    )
     prior_rate: float = Field(
         1e-3, gt=0, description="the same of a run that starts from the prior, which a larger one would undo"
     )

@@ -104,7 +104,7 @@ async def learn(house: app.House, person: Person) -> tuple[dict[str, Any], list[
         else:
             await asyncio.sleep(0.2)
     assert ended is not None
-    return {"state": ended.state.value, "reason": ended.reason, **ended.metrics}, replies
+    return {"id": ended.id, "state": ended.state.value, "reason": ended.reason, **ended.metrics}, replies
 
 
 async def test_two_people_chat_are_learned_and_each_adapter_fits_its_own_person_best(house: app.House) -> None:
@@ -130,7 +130,7 @@ async def tell(house: app.House, people: list[Person]) -> None:
         assert after != before
         version = await person.version()
         assert version is not None
-        assert version.number == 1
+        assert (version.parent, version.run_id) == (None, run["id"])
         assert version.bytes <= 500_000
         adapters[person.name] = ref(version)
     for person, other in (people, people[::-1]):

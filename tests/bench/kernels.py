@@ -8,6 +8,7 @@ it, run the same beside two busy processes, with and without GOMP_SPINCOUNT=1000
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -24,7 +25,7 @@ from persona.engine.kernels import reference
 from persona.engine.memory import Memory
 from persona.engine.protocol import Sampling
 from persona.engine.sampler import Sampler
-from persona.engine.shape import Shape
+from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import Int4, Projection, compute_dtype
 from persona.settings import Settings
 
@@ -170,6 +171,32 @@ class Bare:
 
 
 @torch.no_grad()
+def floor() -> None:
+    """What this machine gives, and what a step must have of it: the milliseconds below which no decode step can be.
+
+    A step reads all of the base once, however many rows it has, and multiplies and adds twice for each weight and row.
+    """
+    prepared = prepare.fetch(prepare.EMBEDDED, Settings().cache, "int4", lambda _, __: None)
+    base = decoder.load(prepared.folder, "int4", "cpu")
+    size, some = base.nbytes(), torch.ones(2**28)
+    bandwidth = 4 * len(some) / rounded(timed(some.sum, 9)) * 1000
+    found = {"bytes_of_base": size, "read_gb_per_s": round(bandwidth / 1e9, 1)}
+    weights, best = sum(math.prod(base.shape.projection(target)) for target in TARGETS) * base.shape.layers, 0.0
+    weights += base.shape.vocab * base.shape.hidden
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+        rate = 2 * 2048**3 / rounded(timed(lambda a=a, b=b: a @ b, 15), 3) * 1000
+        found[f"gflop_per_s_{dtype}".replace("torch.", "")] = round(rate / 1e9)
+        best = max(best, rate)
+    for rows in (1, 8, 32):
+        found[f"floor_ms_{rows}_rows"] = [
+            round(1000 * size / bandwidth, 2),
+            round(1000 * 2 * weights * rows / best, 2),
+        ]
+    report("floor of a step: to read, to compute", **found)
+
+
+@torch.no_grad()
 def step() -> None:
     prepared = prepare.fetch(prepare.EMBEDDED, Settings().cache, "int4", lambda _, __: None)
     base = decoder.load(prepared.folder, "int4", "cpu")
@@ -204,6 +231,7 @@ def main() -> None:
         "pages": pages,
         "draw": draw,
         "few rows": few_rows,
+        "floor": floor,
         "step": step,
     }.items():
         if options.only in name:

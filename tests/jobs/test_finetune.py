@@ -14,7 +14,7 @@ from world import Tell, World
 
 from jobs import plans
 from persona.domain import EntryId, Frame, Message, Role, RunState, User, Version, VersionState
-from persona.engine.protocol import AdapterRef, Progress, ScoreRequest, TrainRequest, ref
+from persona.engine.protocol import AdapterRef, Example, Progress, ScoreRequest, TrainRequest, ref
 from persona.engine.scripted import ScriptedEngine
 from persona.errors import AdapterError, Busy, EngineDown, NotFound, StorageFull, TrainingFailed
 from persona.settings import Learning
@@ -74,6 +74,16 @@ def test_a_run_from_the_prior_has_a_rate_of_its_own() -> None:
     prior, version = AdapterRef(plans.NOBODY, 0, "prior", ""), AdapterRef(7, 1, "version", "")
     rates = [plans.plan(learning, 2, start).learning_rate for start in (None, prior, version)]
     assert rates == [3e-3, 1e-3, 3e-3]
+
+
+def test_long_messages_have_a_slower_rate() -> None:
+    def rate(*lengths: int) -> float:
+        own = [Example(list(range(length + 1)), list(range(1, length + 1))) for length in lengths]
+        return plans.plan(Learning(learning_rate=3e-3), 2, None, own).learning_rate
+
+    assert rate() == rate(1) == rate(32, 32) == rate(12, 52) == 3e-3
+    assert rate(128) == rate(128, 128) == rate(56, 200) == 1.5e-3
+    assert 1.5e-3 < rate(40) < 3e-3
 
 
 async def test_the_next_run_goes_on_from_the_version_that_serves(world: World, ann: User, tell: Tell) -> None:
