@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from persona.engine import decoder, prepare, quantize, sampler
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
-from persona.engine.kernels import reference
+from persona.engine.kernels import native, reference
+from persona.engine.kernels.native import Part
 from persona.engine.memory import Memory
 from persona.engine.protocol import Sampling
 from persona.engine.sampler import Sampler
@@ -172,9 +173,10 @@ class Bare:
 
 @torch.no_grad()
 def floor() -> None:
-    """What this machine gives, and what a step must have of it: the milliseconds below which no decode step can be.
+    """What this machine gives, the milliseconds below which no decode step can be, and the compiled step beside them.
 
-    A step reads all of the base once, however many rows it has, and multiplies and adds twice for each weight and row.
+    A step reads all of the base once, however many rows it has, and multiplies and adds for each weight and row. Its
+    context, of 150 tokens a row here, comes to that.
     """
     prepared = prepare.fetch(prepare.EMBEDDED, Settings().cache, "int4", lambda _, __: None)
     base = decoder.load(prepared.folder, "int4", "cpu")
@@ -188,12 +190,18 @@ def floor() -> None:
         rate = 2 * 2048**3 / rounded(timed(lambda a=a, b=b: a @ b, 15), 3) * 1000
         found[f"gflop_per_s_{dtype}".replace("torch.", "")] = round(rate / 1e9)
         best = max(best, rate)
+    cache = KvCache(
+        Memory(200, KvCache.page_bytes(base.shape, 32, base.dtype), torch.device("cpu")), base.shape, 32, base.dtype
+    )
+    cache.memory.bytes.zero_()
+    steps = native.steps(Settings().cache / "native", base, cache, 4096)
     for rows in (1, 8, 32):
-        found[f"floor_ms_{rows}_rows"] = [
-            round(1000 * size / bandwidth, 2),
-            round(1000 * 2 * weights * rows / best, 2),
-        ]
-    report("floor of a step: to read, to compute", **found)
+        floor = {"read": 1000 * size / bandwidth, "compute": 2000 * weights * rows / best}
+        if steps is not None:
+            parts = [Part([100 + row], 150, range(6 * row, 6 * row + 6), None, True) for row in range(rows)]
+            floor["step"] = rounded(timed(lambda parts=parts: steps.logits(parts)), 2)
+        found[f"ms_{rows}_rows"] = {name: round(value, 2) for name, value in floor.items()}
+    report("floor of a step", **found)
 
 
 @torch.no_grad()
