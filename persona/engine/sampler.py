@@ -18,7 +18,8 @@ from persona.engine.grammar import Grammar
 from persona.engine.protocol import Sampling
 
 COLDEST = 1e-5  # temperatures up to here are greedy: dividing by them would overflow
-FIRST = 1024  # tokens that a row which narrows its draw looks at first
+FIRST = (64, 1024)  # tokens that a row which narrows its draw looks at, before its whole vocabulary is sorted
+BLOCK = 128  # tokens whose probabilities are added up before those of single tokens are looked at
 HOTTEST = 1e30  # and from here on all alike; an infinite one would make NaN of a token that is ruled out
 
 
@@ -166,30 +167,44 @@ def _constrain(logits: torch.Tensor, rows: list[tuple[int, Grammar]]) -> None:
 
 
 def _from_all(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
-    """logits: [rows, vocab] → a token each, from the whole vocabulary."""
-    found = _pick(_tempered(logits, samplers).cumsum(-1, dtype=torch.float64), samplers)
-    return [int(token) for token in found.tolist()]
+    """logits: [rows, vocab] → a token each, from the whole vocabulary: first its block, then its place in there."""
+    probabilities = _tempered(logits, samplers)
+    whole = probabilities.shape[1] // BLOCK * BLOCK
+    blocks = probabilities[:, :whole].reshape(len(samplers), -1 if whole else 0, BLOCK).sum(-1, dtype=torch.float64)
+    rest = probabilities[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    mass = torch.cat([blocks, rest], 1).cumsum(-1)
+    wanted = _chances(samplers, mass)
+    block = _place(mass, wanted)
+    places = block * BLOCK + torch.arange(BLOCK, device=mass.device)
+    inside = probabilities.gather(1, places.clamp(max=probabilities.shape[1] - 1))
+    inside[places >= probabilities.shape[1]] = 0
+    before = torch.nn.functional.pad(mass, (1, 0)).gather(1, block)
+    found = block * BLOCK + _place(inside.cumsum(-1, dtype=torch.float64), wanted - before)
+    return [int(token) for token in found.flatten().tolist()]
 
 
 def _from_the_likeliest(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
     """logits: [rows, vocab] → a token each, from what min-p, top-k and the nucleus (Holtzman et al. 2020) leave.
 
     All three keep a beginning of the tokens in order of probability, mostly a short one. Only a row whose beginning is
-    longer than FIRST has its whole vocabulary sorted, which depends on this row alone.
+    longer than those of FIRST has its whole vocabulary sorted, which depends on this row alone.
     """
     probabilities = _tempered(logits, samplers)
     whole = probabilities.sum(-1, keepdim=True, dtype=torch.float64)
-    ordered, tokens = probabilities.topk(min(FIRST, probabilities.shape[1]))
-    short = _is_short(ordered, whole, samplers)
-    found = [0] * len(samplers)
-    for rows in ([row for row, one in enumerate(short) if one], [row for row, one in enumerate(short) if not one]):
-        if not rows:
-            continue
-        some = (ordered[rows], tokens[rows])
-        if not short[rows[0]]:
-            some = probabilities[rows].sort(descending=True, stable=True)
-        for row, token in zip(rows, _narrowed(*some, whole[rows], [samplers[row] for row in rows]), strict=True):
-            found[row] = token
+    found, left = [0] * len(samplers), list(range(len(samplers)))
+    for count in (*FIRST, probabilities.shape[1]):
+        some = probabilities if len(left) == len(samplers) else probabilities[left]
+        last = count >= probabilities.shape[1]
+        ordered, tokens = some.sort(descending=True, stable=True) if last else some.topk(count)
+        asked = [samplers[row] for row in left]
+        done = [last] * len(left) if last else _is_short(ordered, whole[left], asked)
+        if rows := [place for place, one in enumerate(done) if one]:
+            drawn = _narrowed(ordered[rows], tokens[rows], whole[left][rows], [asked[place] for place in rows])
+            for place, token in zip(rows, drawn, strict=True):
+                found[left[place]] = token
+        left = [row for row, one in zip(left, done, strict=True) if not one]
+        if not left:
+            break
     return found
 
 
@@ -199,7 +214,8 @@ def _is_short(ordered: torch.Tensor, whole: torch.Tensor, samplers: list[Sampler
     by_min_p = ordered[:, -1:] < ordered[:, :1] * _column([s.min_p for s in asked], ordered)
     nucleus = ordered.sum(-1, keepdim=True, dtype=torch.float64) >= whole * _column([s.top_p for s in asked], whole)
     sure = zip(by_min_p.flatten().tolist(), nucleus.flatten().tolist(), samplers, strict=True)
-    return [a or 0 < one.sampling.top_k <= FIRST or (b and _by_nucleus_alone(one)) for a, b, one in sure]
+    count = ordered.shape[1]
+    return [a or 0 < one.sampling.top_k <= count or (b and _by_nucleus_alone(one)) for a, b, one in sure]
 
 
 def _by_nucleus_alone(one: Sampler) -> bool:
@@ -219,22 +235,27 @@ def _narrowed(ordered: torch.Tensor, tokens: torch.Tensor, whole: torch.Tensor, 
     before = mass - ordered  # in front of each token: the first always stays
     left = torch.where(_column([_by_nucleus_alone(one) for one in samplers], mass) > 0, whole, mass[:, -1:])
     ordered[before >= left * _column([s.top_p for s in asked], mass)] = 0
-    found = _pick(ordered.cumsum(-1, dtype=torch.float64), samplers)
-    return [int(token) for token in tokens.gather(1, found[:, None]).squeeze(1).tolist()]
+    mass = ordered.cumsum(-1, dtype=torch.float64)
+    found = tokens.gather(1, _place(mass, _chances(samplers, mass)))
+    return [int(token) for token in found.flatten().tolist()]
 
 
 def _tempered(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
-    """[rows, vocab] fp32 probabilities at each row's temperature."""
+    """[rows, vocab] fp32 probabilities at each row's temperature. Changes the logits."""
     logits = logits.float()
     heat = _column([min(one.sampling.temperature, HOTTEST) for one in samplers], logits)
-    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / heat, -1)
+    return torch.softmax(logits.sub_(logits.amax(-1, keepdim=True)).div_(heat), -1)
 
 
-def _pick(mass: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
-    """mass: [rows, n] cumulated → [rows], the places where each row's chance falls. None has probability 0."""
+def _chances(samplers: list[Sampler], mass: torch.Tensor) -> torch.Tensor:
+    """mass: [rows, n] cumulated → [rows, 1], where each row's chance falls in it."""
+    return _column([one.chance() for one in samplers], mass) * mass[:, -1:]
+
+
+def _place(mass: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """mass: [rows, n] cumulated · wanted: [rows, 1] → [rows, 1], the places where it falls. None has probability 0."""
     whole = mass[:, -1:]
-    wanted = torch.minimum(_column([one.chance() for one in samplers], mass) * whole, whole.nextafter(whole * 0))
-    return torch.searchsorted(mass, wanted, right=True).squeeze(1)
+    return torch.searchsorted(mass, torch.minimum(wanted, whole.nextafter(whole * 0)), right=True)
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

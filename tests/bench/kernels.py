@@ -133,9 +133,11 @@ def draw() -> None:
         "greedy": Sampling(),
         "temperature": Sampling(temperature=1.0),
         "top_p": Sampling(temperature=1.0, top_p=0.9),
+        "top_k": Sampling(temperature=0.7, top_p=0.95, top_k=50),
         "penalties": Sampling(frequency_penalty=0.5, repetition_penalty=1.1),
     }
-    logits, found = torch.randn(32, 49_152) * 4, {}
+    found, ranks = {}, torch.stack([torch.randperm(49_152) for _ in range(32)]) + 1
+    logits = -2 * ranks.float().log()  # as steep as a language model's: 64 words have 0.99
     for name, sampling in kinds.items():
         samplers = [Sampler(sampling, range(200)) for _ in range(32)]
         found[name] = rounded(timed(lambda samplers=samplers: sampler.draw(logits.clone(), samplers), 30))

@@ -98,6 +98,32 @@ def test_min_p_leaves_what_has_that_share_of_the_likeliest_tokens_probability(
     assert set(draws(logits, 3000, temperature=1.0, min_p=min_p, seed=4)) == left
 
 
+AROUND = [count + more for count in sampler.FIRST for more in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("size", [1, 50, sampler.BLOCK - 1, sampler.BLOCK, sampler.BLOCK + 1, 5 * sampler.BLOCK + 7])
+def test_a_draw_from_everything_falls_where_the_chance_falls(size: int) -> None:
+    """In the cumulated probabilities, and never on a token that is ruled out."""
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(size, generator=generator) * 3
+    logits[torch.rand(size, generator=generator) < 0.5] = -torch.inf
+    logits[size // 2] = 1.0
+    mass = torch.softmax(logits.double(), -1).cumsum(-1)
+    chances = Sampler(Sampling(temperature=1.0, seed=9))
+    for token in draws(logits, 300, temperature=1.0, seed=9):
+        chance = chances.chance()
+        assert logits[token].isfinite()
+        assert (mass[token - 1] if token else 0) - 1e-6 <= chance <= mass[token] + 1e-6
+
+
+@pytest.mark.parametrize("chance", [0.0, 1 - 2**-53])
+def test_the_ends_of_chance_are_tokens_that_may_be_drawn(chance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "chance", lambda self: chance)
+    logits = torch.full((3 * sampler.BLOCK,), -torch.inf)
+    logits[sampler.BLOCK + 5 : sampler.BLOCK + 9] = torch.tensor([0.0, 0.3, -40.0, -30.0])
+    assert set(draws(logits, 3, temperature=1.0, seed=1)) <= {sampler.BLOCK + 5 + place for place in range(4)}
+
+
 def test_the_nucleus_is_that_of_what_top_k_leaves() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     # Of the two that are left the first has 4/7: a nucleus of a half is the first alone.
@@ -106,14 +132,13 @@ def test_the_nucleus_is_that_of_what_top_k_leaves() -> None:
     assert set(draws(logits, 500, temperature=1.0, top_p=0.5, seed=1)) == {0, 1}
 
 
-@pytest.mark.parametrize("size", [sampler.FIRST - 1, sampler.FIRST, sampler.FIRST + 1, 3 * sampler.FIRST])
+@pytest.mark.parametrize("size", [*AROUND, 3 * sampler.FIRST[-1]])
 @pytest.mark.parametrize(
     "wishes",
     [
         {"top_p": 0.2},
         {"top_p": 0.99},
-        {"top_p": 0.5, "top_k": sampler.FIRST},
-        {"top_p": 0.5, "top_k": sampler.FIRST + 1},
+        *({"top_p": 0.5, "top_k": count} for count in AROUND),
         {"min_p": 0.999},
         {"min_p": 0.01, "top_p": 0.9},
     ],
@@ -216,9 +241,10 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-@given(st.permutations(range(len(KINDS))), st.integers(1, len(KINDS)))
-def test_a_row_is_drawn_as_alone_whatever_kinds_stand_beside_it(order: list[int], size: int) -> None:
-    rows = torch.randn(len(KINDS), 50, generator=torch.Generator().manual_seed(8)) * 2
+@given(st.permutations(range(len(KINDS))), st.integers(1, len(KINDS)), st.sampled_from([50, 3000]))
+def test_a_row_is_drawn_as_alone_whatever_kinds_stand_beside_it(order: list[int], size: int, vocab: int) -> None:
+    rows = torch.randn(len(KINDS), vocab, generator=torch.Generator().manual_seed(8)) * 2
+    rows[::2] /= 8  # nearly even: where a draw is narrowed, more are left than it looks at first
     chosen = order[:size]
     alone = {kind: draws(rows[kind], 12, [1, 2, 3], **KINDS[kind]) for kind in chosen}
     samplers = [Sampler(Sampling(**KINDS[kind]), [1, 2, 3]) for kind in chosen]
