@@ -1,8 +1,8 @@
 """What may come of one training, and which of it serves: at most one, and the others lose their files.
 
 What was trained is judged first. Where the gate refuses it, half of the way there is judged: what a training costs the
-assistant fades faster on the way back than what it has taught. A prior that a first version starts from has a say of
-its own (docs/DECISIONS.md).
+assistant fades on the way back, as what it has taught does. A prior that a first version starts from has a say of its
+own (docs/DECISIONS.md).
 """
 
 import asyncio

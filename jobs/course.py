@@ -12,6 +12,8 @@ EXPLODED = 3.0  # times the first loss
 
 @dataclass(frozen=True, slots=True)
 class Course:
+    """How it went up to some optimizer step."""
+
     loss: float = math.nan  # nats per word, over the latest WORDS
     words: float = 0.0  # how many those are
     first: float = math.inf  # the first loss over WORDS
