@@ -24,7 +24,7 @@ from jobs.rehearsal import Rehearsal
 from persona.domain import ChatTokenizer, EntryId, Run, RunState, User, UserId, Version, VersionState
 from persona.engine.faces import Engine
 from persona.engine.protocol import AdapterRef, Progress, TrainRequest, ref
-from persona.errors import AdapterError, NotFound, PersonaError, TrainingFailed
+from persona.errors import AdapterError, NotFound, PersonaError, TooLarge, TrainingFailed
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.history import History
@@ -124,7 +124,7 @@ class Finetune:
     async def _attempt(self, run: Run) -> _Outcome:
         try:
             return await self._learn(run)
-        except (TrainingFailed, AdapterError) as error:
+        except (TrainingFailed, AdapterError, TooLarge) as error:
             return _Outcome(RunState.FAILED, error.message)
         except NotFound:
             sentence = "The history or the version changed while this run was training."

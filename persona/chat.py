@@ -14,7 +14,7 @@ from typing import cast
 
 import structlog
 
-from persona import frames
+from persona import errors, frames
 from persona import prompt as prompts
 from persona.chat_format import Schemas
 from persona.chat_reply import Ask, Choices, Mail, Reply, Sheet, Voice
@@ -359,10 +359,10 @@ class Chat:
         while True:
             try:
                 return await self._stream(reply)
-            except AdapterError:
+            except AdapterError as error:
                 if reply.tokens or reply.echoed is not None or reply.version is None:
                     raise
-                await self._fall_back(reply, reply.version)
+                await self._fall_back(reply, reply.version, error.message)
 
     async def _stream(self, reply: Reply) -> Finish:
         if reply.ask.echo:
@@ -374,7 +374,8 @@ class Chat:
             async for chunk in chunks:
                 reply.hear(chunk)
                 if chunk.finish == Finish.ERROR:
-                    raise EngineDown(chunk.error or "The engine failed in the middle of the reply; try again.")
+                    failure = errors.named(chunk.kind) if chunk.kind else EngineDown
+                    raise failure(chunk.error or "The engine failed in the middle of the reply; try again.")
                 if chunk.finish is not None:
                     return Finish(chunk.finish)
         raise EngineDown("The engine ended the reply without a reason; try again.")
@@ -385,7 +386,9 @@ class Chat:
         if top is None:
             return []
         adapter = ref(reply.version) if reply.version else None
-        return await self._engine.tell(ScoreRequest(tokens, list(range(1, len(tokens))), adapter, top))
+        return await self._engine.tell(
+            ScoreRequest(tokens, list(range(1, len(tokens))), adapter, top, reply.caller.user.id)
+        )
 
     def _generate(self, reply: Reply) -> AsyncIterator[Chunk]:
         tokens = reply.sheet.prompt.rendered.tokens
@@ -397,10 +400,10 @@ class Chat:
         adapter = ref(reply.version) if reply.version else None
         return self._engine.generate(GenerateRequest(tokens, sampling, adapter, reply.caller.user.id))
 
-    async def _fall_back(self, reply: Reply, broken: Version) -> None:
-        """Quarantine the version that the engine refused and go on with the one before it."""
+    async def _fall_back(self, reply: Reply, broken: Version, reason: str) -> None:
+        """Quarantine the version that the engine cannot serve and go on with the one before it."""
         user, sheet = reply.caller.user, reply.sheet
-        previous = await self._adapters.quarantine(user.id, broken.number, "The engine refused its file.")
+        previous = await self._adapters.quarantine(user.id, broken.number, reason)
         log.error("version is corrupt and quarantined", user=user.name, version=broken.number)
         if sheet.voice.name not in ("persona", "me"):
             raise NotFound(UNKNOWN_MODEL, code="model_not_found", param="model")

@@ -15,7 +15,7 @@ from persona.chat_reply import Ask, Reply, about
 from persona.chat_sampling import Limits, Wishes
 from persona.domain import Finish, Message, Role
 from persona.engine.protocol import Sampling, TokenLogprob, replace
-from persona.errors import NotFound, PersonaError, RequestError, TooLarge
+from persona.errors import Busy, NotFound, PersonaError, RequestError, TooLarge
 
 MAX_MESSAGES = 4096
 MAX_MODEL_CHARS = 64
@@ -177,7 +177,8 @@ def error_body(error: PersonaError) -> dict[str, Any]:
     """OpenAI's error object."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error")
     kind = "server_error" if error.status >= 500 else kind
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    told = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return {"error": told | ({"retry_after": error.retry_after} if isinstance(error, Busy) else {})}
 
 
 def _refuse_unserved(wire: Completion) -> None:

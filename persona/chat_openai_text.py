@@ -39,6 +39,7 @@ class TextCompletion(Wishes):
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
+    ignore_eos: bool | None = None
     suffix: Any = None
     response_format: Any = None
 
@@ -73,7 +74,7 @@ def understand(wire: TextCompletion, limits: Limits) -> Ask:
     return Ask(
         model=wire.model,
         messages=(),
-        sampling=replace(chat_sampling.sampling(wire, limits), logprobs=top),
+        sampling=replace(chat_sampling.sampling(wire, limits), logprobs=top, ignore_eos=wire.ignore_eos is True),
         max_tokens=_max_tokens(wire, limits.reply),
         store=False,
         choices=choices,

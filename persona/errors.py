@@ -130,3 +130,9 @@ class StorageFull(PersonaError):
 
     status = 503
     code = "storage_full"
+
+
+def named(kind: str) -> type[PersonaError]:
+    """The class of that name, as it came over a socket; PersonaError for any other name."""
+    found = globals().get(kind)
+    return found if isinstance(found, type) and issubclass(found, PersonaError) else PersonaError

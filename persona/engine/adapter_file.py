@@ -135,7 +135,8 @@ def write(folder: Path, header: Header, tensors: dict[str, Array]) -> Path:
 
 
 def read(folder: Path, sha256: str, base: str, shape: Shape) -> Adapter:
-    """Load and verify. Raises AdapterError if it is missing, corrupt, for another base, or does not fit `shape`."""
+    """Load and verify. Raises AdapterError if it is missing, corrupt, for another base, or does not fit `shape`;
+    OSError if it cannot be read now, which says nothing against it."""
     adapter = parse(_content(folder, sha256))
     if adapter.header.base != base:
         raise AdapterError("The adapter was trained on another base; it sleeps until its user is trained again.")
@@ -149,7 +150,7 @@ def _content(folder: Path, sha256: str) -> bytes:
         if file.stat().st_size > MAX_BYTES:
             raise AdapterError(f"The adapter file is larger than {MAX_BYTES} bytes.")
         content = file.read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise AdapterError(f"The adapter file cannot be read: {error.strerror}.") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise AdapterError("The adapter file does not match its checksum.")

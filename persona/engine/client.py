@@ -334,9 +334,7 @@ def _is_last(answer: Reply) -> bool:
 
 def _error(answer: Failed) -> PersonaError:
     """The engine's error as the class of persona.errors that it names."""
-    kind = getattr(errors, answer.kind, PersonaError)
-    if not issubclass(kind, PersonaError):
-        kind = PersonaError
+    kind = errors.named(answer.kind)
     more: dict[str, Any] = {"retry_after": answer.retry_after} if issubclass(kind, errors.Busy) else {}
     made: PersonaError = kind(answer.message, code=answer.code or None, **more)
     return made

@@ -9,7 +9,6 @@ Nothing here blocks, and nothing that fails in one request or in training reache
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,8 @@ import structlog
 
 from persona.engine import protocol, reply, slices
 from persona.engine.awaiting import Awaiting, Errand
-from persona.engine.grammar import Grammar, Grammars
+from persona.engine.compiling import Coming, Compiling
+from persona.engine.grammar import Grammars
 from persona.engine.lora import Resident
 from persona.engine.prefix import Owner
 from persona.engine.protocol import (
@@ -33,7 +33,7 @@ from persona.engine.protocol import (
     Scores,
     TokenLogprob,
 )
-from persona.engine.refusals import crowded, failed, trouble
+from persona.engine.refusals import crowded, failed, fatal, trouble
 from persona.engine.reply import Generation
 from persona.engine.runner import Result, Runner
 from persona.engine.sampler import Sampler
@@ -45,14 +45,13 @@ from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer, Text
 from persona.engine.tiers import Tiers
 from persona.engine.waiting import Pace
-from persona.errors import Busy, PersonaError, RequestError, TooLarge
-
-PATIENCE = 0.005  # seconds that an idle loop waits for a grammar before it looks for messages
+from persona.errors import AdapterError, Busy, EngineDown, PersonaError, RequestError, TooLarge
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
 ScoreSlices = Callable[[Wanted], slices.Scores]
 LOOK_SECONDS = 0.25  # between two looks for those who have waited too long
 NEVER_FITS = "Prompt, reply and the user's adapter together are larger than the engine's memory; ask for less."
+NOT_FINITE = "This version of the base or of the user's adapter computes values that are not finite."
 log = structlog.get_logger("engine")
 
 
@@ -68,6 +67,7 @@ class _Score:
 
     sequence: Sequence
     told: bool  # with alternatives
+    since: float  # when it was asked for, by the loop's clock
     found: list[TokenLogprob] = field(default_factory=list)
 
 
@@ -106,8 +106,7 @@ class EngineLoop:
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
         self._jobs: dict[int, Job] = {}
         self._awaiting = Awaiting(tiers)
-        self._grammars = grammars
-        self._compiling: dict[int, tuple[futures.Future[Grammar], Sequence, protocol.GenerateRequest]] = {}
+        self._compiling = Compiling(grammars)
         self._score_slices = score
         self._slices = Slices(send, self._aside)
         self._stalled = False
@@ -178,7 +177,7 @@ class EngineLoop:
                 self._awaiting.add(Errand(request.id, request.ref, partial(self._flip, request.id)))
             case protocol.Drop():
                 self._tiers.drop(request.user_id)
-                self._scheduler.prefix.forget(lambda owner: owner.user_id == request.user_id)
+                self._scheduler.forget(request.user_id)
                 self._runner.forget()
                 self._send(protocol.Done(request.id))
             case protocol.Train():
@@ -198,42 +197,39 @@ class EngineLoop:
         if request.user_id:
             sequence.owner = Owner(request.user_id, request.adapter)
         self._make_room(request.user_id)
-        if not request.sampling.grammar:
-            self._admit(sequence, request)
+        if request.sampling.grammar:
+            self._compiling.add(sequence, request, self._clock())
         else:
-            self._compiling[job] = self._grammars.compile(request.sampling.grammar), sequence, request
+            self._admit(Coming(sequence, request, self._clock()))
 
     def _admit_compiled(self) -> None:
-        """Let those in whose grammar is ready; with nothing else to do wait for one for a moment."""
+        """Let those in whose grammar is ready."""
         if self._scheduler.idle and not self._slices.waiting:
-            futures.wait([one for one, _, _ in self._compiling.values()], PATIENCE, futures.FIRST_COMPLETED)
-        for job, (grammar, sequence, request) in list(self._compiling.items()):
-            if grammar.done():
-                del self._compiling[job]
-                self._guarded(job, partial(self._admit_result, sequence, request, grammar))
+            self._compiling.pause()
+        for coming in self._compiling.ready():
+            self._guarded(coming.sequence.id, partial(self._admit, coming))
 
-    def _admit_result(
-        self, sequence: Sequence, request: protocol.GenerateRequest, grammar: futures.Future[Grammar]
-    ) -> None:
-        self._admit(sequence, request, grammar.result())
+    def _admit(self, coming: Coming) -> None:
+        """Raises Busy if its turn would come too late, RequestError for a grammar that cannot be followed."""
+        sampling = coming.request.sampling
+        grammar = coming.grammar.result() if coming.grammar is not None else None
+        sampler = Sampler(sampling, coming.request.tokens, grammar)
+        words, stops = Detokenizer(self._text), Stops(sampling.stop)
+        self._enter(Generation(coming.sequence, sampler, words, stops, coming.since))
 
-    def _admit(self, sequence: Sequence, request: protocol.GenerateRequest, grammar: Grammar | None = None) -> None:
-        self._jobs[sequence.id] = Generation(
-            sequence,
-            Sampler(request.sampling, request.tokens, grammar),
-            Detokenizer(self._text),
-            Stops(request.sampling.stop),
-            self._clock(),
-        )
+    def _enter(self, job: Job) -> None:
+        """Into the waiting room. Raises Busy if its turn would come too late."""
+        sequence = job.sequence
+        self._jobs[sequence.id] = job
         self._scheduler.add(sequence)
-        wait = self._pace.wait(self._scheduler.before(sequence))
+        wait = 0.0 if sequence.background else self._pace.wait(self._scheduler.before(sequence))
         if wait > self._patience:
             self._remove(sequence.id)
             raise crowded(wait)
 
     def _make_room(self, user_id: int) -> None:
         """In a full waiting room a request of whoever has the most there leaves. Raises Busy if that is this user."""
-        if self._scheduler.full():
+        if self._scheduler.full(len(self._compiling)):
             leaving = self._scheduler.give_way(user_id)
             if leaving is None:
                 raise crowded(self._pace.wait(self._scheduler.waiting))
@@ -246,11 +242,14 @@ class EngineLoop:
         if now < self._looked + LOOK_SECONDS:
             return
         self._looked = now
-        for sequence in [s for s in self._scheduler.sequences() if not s.pages and not s.background]:
+        late = [coming.sequence.id for coming in self._compiling.late(now - self._patience)]
+        for sequence in [s for s in self._scheduler.sequences() if not s.pages]:
             job = self._jobs[sequence.id]
-            if isinstance(job, Generation) and now - job.since > self._patience:
+            if isinstance(job, Generation | _Score) and now - job.since > self._patience:
                 self._remove(sequence.id)
-                self._fail(sequence.id, crowded(self._pace.wait(self._scheduler.waiting)))
+                late.append(sequence.id)
+        for job_id in late:
+            self._fail(job_id, crowded(self._pace.wait(self._scheduler.waiting)))
 
     def _score(self, job: int, request: protocol.ScoreRequest) -> None:
         if not request.targets:
@@ -258,17 +257,17 @@ class EngineLoop:
             return
         _check_targets(request)
         sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
-        sequence.targets, sequence.background = tuple(request.targets), True
-        sequence.top = request.top or 0
-        self._jobs[job] = _Score(sequence, request.top is not None)
-        self._scheduler.add(sequence)
+        sequence.targets, sequence.top = tuple(request.targets), request.top or 0
+        sequence.user_id, sequence.background = request.user_id, not request.user_id
+        if request.user_id:
+            self._make_room(request.user_id)
+        self._enter(_Score(sequence, request.top is not None, self._clock()))
 
     def _prefill(self, job: int, request: protocol.PrefillRequest) -> None:
         sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
         sequence.owner, sequence.user_id = Owner(request.user_id, request.adapter), request.user_id
         sequence.background = sequence.silent = True
-        self._jobs[job] = _Ahead(sequence)
-        self._scheduler.add(sequence)
+        self._enter(_Ahead(sequence))
 
     def _score_all(self, job: int, requests: list[protocol.ScoreRequest]) -> None:
         for request in requests:
@@ -348,6 +347,8 @@ class EngineLoop:
             work()
         except PersonaError as error:
             self._fail(job, error)
+        except OSError as error:  # an adapter to go on from that cannot be read now
+            self._fail(job, trouble(error))
         except (RuntimeError, MemoryError) as error:  # an adapter that does not fit
             log.error("request failed", kind=type(error).__name__)
             self._fail(job, Busy("There is no memory for this request; try again later.", retry_after=10))
@@ -368,8 +369,7 @@ class EngineLoop:
         elif (errand := self._awaiting.abort(job)) is not None:
             if errand.aborted is not None:
                 self._send(errand.aborted)
-        elif job in self._compiling:
-            self._compiling.pop(job)[0].cancel()
+        elif self._compiling.abort(job):
             self._send(Piece(job, Chunk("", 0, "abort")))
         else:
             self._slices.abort(job)
@@ -412,14 +412,18 @@ class EngineLoop:
     def _step(self, plan: Plan) -> None:
         sequences = [*plan.decode, *(segment.sequence for segment in plan.prefill)]
         try:
-            residents = {s.id: s.lease.value if s.lease is not None else None for s in sequences}
-            with self._aside():
-                result = self._runner.run(plan, residents)
-        except (RuntimeError, IndexError) as error:  # out of memory, mostly: these end, the engine goes on
+            self._compute(plan, sequences)
+        except Exception as error:  # out of memory, mostly: these end, the engine goes on
+            if fatal(error):
+                raise
             log.error("step failed", rows=len(sequences), kind=type(error).__name__)
-            for job in {s.id for s in sequences}:
+            for job in {s.id for s in sequences} & self._jobs.keys():
                 self._finish(job, "error", "The engine ran out of memory under this request; try a shorter one.")
-            return
+
+    def _compute(self, plan: Plan, sequences: list[Sequence]) -> None:
+        residents = {s.id: s.lease.value if s.lease is not None else None for s in sequences}
+        with self._aside():
+            result = self._runner.run(plan, residents)
         self._steps += 1
         self._scheduler.advanced(plan)
         for sequence in [s for s in sequences if s.silent and not s.prefilling]:
@@ -441,7 +445,7 @@ class EngineLoop:
             if sound:
                 self._extend(sequence.id, token, told)
             else:
-                self._finish(sequence.id, "error", "The adapter of this request computes values that are not finite.")
+                self._finish(sequence.id, "error", NOT_FINITE, AdapterError if sequence.adapter else EngineDown)
 
     def _collect(self, sequence: Sequence, found: list[TokenLogprob]) -> None:
         job = self._jobs[sequence.id]
@@ -462,11 +466,11 @@ class EngineLoop:
                 self._remove(job)
             self._send(Piece(job, chunk))
 
-    def _finish(self, job: int, finish: str, error: str | None = None) -> None:
-        """End a job with its last answer."""
+    def _finish(self, job: int, finish: str, error: str | None = None, kind: type[PersonaError] = EngineDown) -> None:
+        """End a job with its last answer. kind: of an error."""
         ended = self._remove(job)
         if isinstance(ended, Generation):
-            self._send(Piece(job, ended.end(finish, error)))
+            self._send(Piece(job, ended.end(finish, error, kind)))
         else:
             self._fail(job, Busy(error or slices.ABORTED))
 

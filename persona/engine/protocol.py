@@ -73,6 +73,7 @@ class Chunk(msgspec.Struct, frozen=True):
     error: str | None = None
     logprobs: list[TokenLogprob] = []
     cached: int = 0  # in the last one: tokens of the prompt that the prefix cache had
+    kind: str = ""  # of the error: a class name of persona.errors
 
 
 class ScoreRequest(msgspec.Struct, frozen=True):
@@ -82,6 +83,7 @@ class ScoreRequest(msgspec.Struct, frozen=True):
     targets: list[int]
     adapter: AdapterRef | None = None
     top: int | None = None  # how many alternatives are told with each; None: nothing but the numbers
+    user_id: int = 0  # who waits for it, like for a reply; 0: nobody, and chats go first
 
 
 class PrefillRequest(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 import math
 
 import structlog
+import torch
 
 from persona.engine.protocol import Failed
 from persona.errors import Busy, PersonaError
@@ -26,8 +27,13 @@ def trouble(error: Exception | None) -> PersonaError:
     """What a failed load is to those who wait for it: other failures than a bad file are not the adapter's fault."""
     if isinstance(error, PersonaError):
         return error
-    log.error("adapter not loaded", kind=type(error).__name__)
+    log.error("adapter not loaded", kind=type(error).__name__, reason=cause(error) if error else "")
     return Busy("The adapter could not be loaded now; try again later.", retry_after=10)
+
+
+def fatal(error: BaseException) -> bool:
+    """Whether the device itself is lost to this process, as after a fault in a kernel: only a new process helps."""
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def cause(error: BaseException) -> str:

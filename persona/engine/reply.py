@@ -12,6 +12,7 @@ from persona.engine.sampler import Sampler
 from persona.engine.scheduler import Sequence
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer
+from persona.errors import EngineDown, PersonaError, RequestError
 
 
 @dataclass(slots=True)
@@ -30,7 +31,7 @@ class Generation:
         """The next piece, if there is something to show; the last one has `finish`."""
         grammar = self.sampler.grammar
         if grammar is not None and grammar.lost:
-            return self.end("error", "The schema became too complex on the way; make it simpler.")
+            return self.end("error", "The schema became too complex on the way; make it simpler.", RequestError)
         self.generated += 1
         if token in eos:
             return self.end("stop")
@@ -46,15 +47,24 @@ class Generation:
             return self.end("length", shown=shown)
         return Chunk(shown, self.generated, logprobs=self.margin.show(len(shown))) if shown else None
 
-    def end(self, finish: str, error: str | None = None, shown: str = "", *, cut: bool = False) -> Chunk:
-        """The last piece. `shown`: the last text that is certain; a stop string has `cut` the rest."""
+    def end(
+        self,
+        finish: str,
+        error: str | None = None,
+        kind: type[PersonaError] = EngineDown,
+        *,
+        shown: str = "",
+        cut: bool = False,
+    ) -> Chunk:
+        """The last piece. kind: of the error · shown: the last certain text; a stop string has `cut` the rest."""
         text, stopped = shown, cut
         if not stopped:
             tail, stopped = self.stops.feed(self.words.flush())
             text += tail if stopped else tail + self.stops.flush()
             finish = "stop" if stopped and finish == "length" else finish
         beside = self.margin.show(len(text)) if stopped else self.margin.rest()
-        return Chunk(text, self.generated, finish, error, beside, self.sequence.cached)
+        told = kind.__name__ if error else ""
+        return Chunk(text, self.generated, finish, error, beside, self.sequence.cached, told)
 
 
 def drawn(logits: torch.Tensor, samplers: list[Sampler], eos: Collection[int]) -> list[tuple[int, TokenLogprob | None]]:

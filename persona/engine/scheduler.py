@@ -5,9 +5,9 @@ one never waits for memory; what an earlier one of the same user and version lef
 (prefix.py). Chat goes before scoring; who is next among users says waiting.py. Every step decodes all running rows and
 prefills at most `prefill_tokens` prompt tokens beside them; what is only computed for later waits for an idle step.
 
-Where several users come, who runs more than a like share leaves the last places to others; and who has most of what
-runs has short steps (a quarter of `prefill_tokens` for their own prompts), and while a prompt of another is computed
-none for theirs, and every second one for their replies. So the others begin soon.
+Where several users come, who has more than a like share leaves the last places and pages to others; and who has most of
+what runs has short steps (a quarter of `prefill_tokens` for their own prompts), and while a prompt of another is
+computed none for theirs, and every second one for their replies. So the others begin soon.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from persona.engine.shelf import Absent, Lease, Shelf
 from persona.engine.waiting import GENERATED, Shares, WaitingRoom
 
 AHEAD = 64  # tokens of a silent sequence in one step
-KEPT = 1 / 8  # of the running places, the last ones, which are for users who run less than a like share
+KEPT = 1 / 8  # of the running places and of the pages, the last ones: for users who have less than a like share
 HEAVY = 4  # sequences that a user runs, at least, who is to leave others room
 
 
@@ -125,8 +125,9 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.running and not self.waiting
 
-    def full(self) -> bool:
-        return len(self._waiting[0]) >= self._max_waiting
+    def full(self, others: int = 0) -> bool:
+        """Whether nobody else may wait, beside those and `others` who wait elsewhere."""
+        return len(self._waiting[0]) + others >= self._max_waiting
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of `tokens` can ever run on the bare base."""
@@ -135,9 +136,9 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         if sequence.adapter is not None:
             self.expect(sequence.adapter, background=sequence.background)
-        self._waiting[sequence.background].add(sequence)
         if not sequence.background:
             self.shares.come(sequence.user_id)
+        self._waiting[sequence.background].add(sequence)
 
     def expect(self, adapter: AdapterRef, *, background: bool = False) -> None:
         """Somebody with this adapter comes: it is loaded beforehand, if their turn may be near."""
@@ -199,6 +200,13 @@ class Scheduler:
             if not segment.sequence.background:
                 self.shares.charge(segment.sequence.user_id, segment.end - segment.start)
 
+    def forget(self, user_id: int) -> None:
+        """The user is dropped: nothing that was or is being computed for them is found by a later request."""
+        self.prefix.forget(lambda owner: owner.user_id == user_id)
+        for one in self.sequences():
+            if one.user_id == user_id:
+                one.owner = None
+
     def sequences(self) -> Iterator[Sequence]:
         yield from self._running
         for room in self._waiting:
@@ -225,11 +233,10 @@ class Scheduler:
     def _admit(self, admitted: list[Sequence], refused: list[Sequence]) -> bool:
         """In the order of the room. Whose adapter is still on its way is passed over; who needs more pages than are
         left, or whose adapter does, is not, or a large request would starve. Whether there was room for all."""
-        running = Counter(s.user_id for s in self._running)
         for sequence in self._near():
             if len(self._running) == self._max_running:
                 return True
-            if self._has_enough(sequence.user_id, running[sequence.user_id]):
+            if self._has_enough(sequence):
                 continue
             if sequence.adapter is not None:
                 found = self._adapters.hold(sequence.adapter)
@@ -244,20 +251,23 @@ class Scheduler:
             elif self._reserve(sequence):
                 self._waiting[sequence.background].discard(sequence)
                 self._running.append(sequence)
-                running[sequence.user_id] += 1
                 admitted.append(sequence)
             else:
                 self._let_go(sequence)
                 return False
         return True
 
-    def _has_enough(self, user_id: int, running: int) -> bool:
-        """Whether the places left are for others than this user, who runs so many. A like share counts one more user
+    def _has_enough(self, sequence: Sequence) -> bool:
+        """Whether the places or pages that are left are for others than its user. A like share counts one more user
         than there are: who may come."""
-        if not user_id or running < max(HEAVY, self._max_running / (self.shares.active + 1)):
+        mine = [s for s in self._running if s.user_id == sequence.user_id]
+        if not sequence.user_id or not mine or self.shares.alone(sequence.user_id):
             return False
-        free = self._max_running - len(self._running)
-        return free <= int(KEPT * self._max_running) and not self.shares.alone(user_id)
+        sharing, pages = self.shares.active + 1, self.pool
+        left = pages.available - pages.needed(sequence.limit)
+        few_pages = left < KEPT * pages.total and sum(len(s.pages) for s in mine) >= pages.total / sharing
+        few_places = self._max_running - len(self._running) <= int(KEPT * self._max_running)
+        return few_pages or (few_places and len(mine) >= max(HEAVY, self._max_running / sharing))
 
     def _heavy(self) -> int | None:
         """The user who has most of what runs, if others may want to begin."""

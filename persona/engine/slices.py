@@ -14,7 +14,7 @@ import structlog
 
 from persona.engine import protocol
 from persona.engine.protocol import Progress, Reply
-from persona.engine.refusals import cause, failed
+from persona.engine.refusals import cause, failed, fatal
 from persona.errors import Busy, PersonaError, StorageFull, TrainingFailed
 
 SHARE = 0.11  # of the time that steps took: gaps between tokens grow by that in the mean
@@ -108,6 +108,8 @@ class Slices:
             scoring.stop()
             scoring.ended(ended.value)
         except (RuntimeError, MemoryError) as error:
+            if fatal(error):
+                raise
             self._scorings.popleft()
             scoring.stop()
             log.error("scoring failed", kind=type(error).__name__)
@@ -124,6 +126,8 @@ class Slices:
             self._end_training()
             self._fail(job, StorageFull(f"The adapter could not be written: {error.strerror}."))
         except Exception as error:  # whatever it is, serving goes on
+            if fatal(error):
+                raise
             self._end_training()
             log.error("training failed", kind=type(error).__name__)
             self._fail(job, TrainingFailed(f"The training stopped on {type(error).__name__}: {cause(error)}"))

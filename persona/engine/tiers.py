@@ -22,8 +22,9 @@ from persona.engine.pages import PagePool
 from persona.engine.popularity import FROM_DISK, FROM_HOST, Popularity
 from persona.engine.protocol import AdapterRef
 from persona.engine.shelf import Absent, Lease, Shelf
-from persona.errors import AdapterError
+from persona.errors import TooLarge
 
+LARGE = "The user's adapter is larger than the engine's memory: the owner has to raise engine.memory_mb."
 T = TypeVar("T")
 Submit = Callable[[Callable[[], None]], object]  # runs it elsewhere, soon
 
@@ -58,8 +59,8 @@ class Tiers:
         host_budget: int,
         submit: Submit,
     ) -> None:
-        """read: raises AdapterError for what is not what the reference says · pages: that its expanded form takes ·
-        fill: expands it into these pages · submit: a thread's, see `landed`."""
+        """read: raises AdapterError for what is not what the reference says, OSError · pages: that its expanded form
+        takes · fill: expands it into these pages · submit: a thread's, see `landed`."""
         self._read, self._pages, self._fill, self._pool, self._submit = read, pages, fill, pool, submit
         self.turn = threading.RLock()
         self.shelf = Shelf[Resident](pool)
@@ -143,7 +144,7 @@ class Tiers:
         try:
             adapter = self._read(ref)
             if self._pages(adapter) > self._pool.total:
-                raise AdapterError("The adapter is larger than the engine's memory: raise engine.memory_mb.")
+                raise TooLarge(LARGE, code="adapter_too_large")
             with self.turn:
                 lease = self._came(ref, adapter, spared)
         except Exception as error:  # belongs to those who wait for it

@@ -5,7 +5,9 @@ what the engine does for them, and who has the least is next. Who comes back aft
 of those who are active: nobody saves up, and nobody pays for having been served while the engine was idle.
 
 What a request itself will cost counts, too, several times: of those that are about equally entitled the short ones go
-first, so that where there is not time for all, there is for more of them. Counters bound what that costs the others.
+first, so that where there is not time for all, there is for more of them. That passes while it is its user's next, by
+what each active user has had more than this one: a long request is passed over by no more than so many tokens of each,
+whoever comes.
 """
 
 import heapq
@@ -44,6 +46,7 @@ class Shares:
         self._served: dict[int, float] = {}
         self._active: Counter[int] = Counter()
         self._last = 0.0  # the highest counter of those who left
+        self._passed = 0.0  # what each active user has had since the start if all had had alike: virtual time
 
     def __getitem__(self, user_id: int) -> float:
         return self._served.get(user_id, 0.0)
@@ -75,6 +78,11 @@ class Shares:
 
     def charge(self, user_id: int, tokens: float) -> None:
         self._served[user_id] = self[user_id] + tokens
+        self._passed += tokens / max(1, self.active)
+
+    def behind(self, user_id: int) -> float:
+        """How far this user is behind others; only differences between two moments say something."""
+        return self._passed - self[user_id]
 
 
 class WaitingRoom(Generic[S]):
@@ -84,6 +92,7 @@ class WaitingRoom(Generic[S]):
         self._shares = shares
         self._queues: dict[int, deque[S]] = {}
         self._size = 0
+        self._lag: dict[int, float] = {}  # how far behind each user was (Shares.behind) when their next one became it
 
     def __len__(self) -> int:
         return self._size
@@ -93,17 +102,23 @@ class WaitingRoom(Generic[S]):
             yield from queue
 
     def add(self, one: S) -> None:
-        self._queues.setdefault(one.user_id, deque()).append(one)
+        if one.user_id not in self._queues:
+            self._queues[one.user_id] = deque()
+            self._lag[one.user_id] = self._shares.behind(one.user_id)
+        self._queues[one.user_id].append(one)
         self._size += 1
 
     def discard(self, one: S) -> None:
         """Take it out, if it is here."""
-        queue = self._queues.get(one.user_id, deque())
-        if one in queue:
-            queue.remove(one)
-            self._size -= 1
+        user, queue = one.user_id, self._queues.get(one.user_id, deque())
+        if one not in queue:
+            return
+        self._size -= 1
+        if one is queue[0]:
+            self._lag[user] = self._shares.behind(user)
+        queue.remove(one)
         if not queue:
-            self._queues.pop(one.user_id, None)
+            del self._queues[user], self._lag[user]
 
     def order(self, limit: int | None = None) -> list[S]:
         """The next ones, as they will be served if nobody else comes."""
@@ -119,7 +134,7 @@ class WaitingRoom(Generic[S]):
         ticket = count()  # among equal counters, who was first in the room
         heap = [
             (
-                self._shares[user] + OWN * cost(queue[0]),
+                self._shares[user] + max(0.0, OWN * cost(queue[0]) - max(0.0, self._waited(user))),
                 next(ticket),
                 self._shares[user],
                 queue[0],
@@ -136,6 +151,10 @@ class WaitingRoom(Generic[S]):
                 heapq.heappop(heap)
             else:
                 heapq.heapreplace(heap, (served + OWN * cost(following), place, served, following, behind))
+
+    def _waited(self, user_id: int) -> float:
+        """What each active user has had more than this one since their next request became it."""
+        return self._shares.behind(user_id) - self._lag[user_id]
 
 
 class Pace:

@@ -1,5 +1,6 @@
 """The stored adapter: what is written is what is read, and nothing else is."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,21 @@ def test_threat_06_a_file_cut_short_or_zeroed_is_refused(shape: Shape, tmp_path:
     file.unlink()
     with pytest.raises(AdapterError, match="cannot be read"):
         read(ref, shape)
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_bad(
+    shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = adapters.sparse(tmp_path, shape, BASE)
+
+    def crowded(self: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as now:
+        now.setattr(Path, "read_bytes", crowded)
+        with pytest.raises(OSError, match="Too many open files"):
+            read(ref, shape)
+    read(ref, shape)
 
 
 def test_an_adapter_of_another_base_sleeps(shape: Shape, tmp_path: Path) -> None:

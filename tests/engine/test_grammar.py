@@ -137,7 +137,7 @@ def test_what_may_begin_a_stop_string_is_shown_when_the_json_ends(bench: Bench) 
 def test_others_go_on_while_a_grammar_is_compiled(bench: Bench) -> None:
     """The thread that compiles is held up: steps go on, and the row comes in once it is ready."""
     gate, running = threading.Event(), bench.generate(some_tokens(9), count=40)
-    held = bench.loop._grammars._thread.submit(lambda: gate.wait(30))
+    held = bench.loop._compiling._grammars._thread.submit(lambda: gate.wait(30))
     waiting = bench.generate(some_tokens(9), count=60, grammar=FLAG)
     left = bench.generate(some_tokens(9), count=60, grammar=FLAG)
     assert not bench.loop.idle
@@ -153,6 +153,23 @@ def test_others_go_on_while_a_grammar_is_compiled(bench: Bench) -> None:
     assert set(json.loads(bench.text(waiting))) == {"on"}
 
 
+def test_who_waits_for_a_grammar_counts_as_waiting(models: Models) -> None:
+    now = [0.0]
+    bench = Bench(models, waiting=3, patience=5.0, clock=lambda: now[0])
+    gate = threading.Event()
+    held = bench.loop._compiling._grammars._thread.submit(lambda: gate.wait(30))
+    jobs = [bench.generate(some_tokens(9), count=60, grammar=FLAG, user=user) for user in range(1, 6)]
+    assert [bench.failure(job).kind for job in jobs[3:]] == ["Busy"] * 2
+    assert bench.failure(bench.generate(some_tokens(9), user=9)).kind == "Busy"
+    now[0] = 6.0
+    bench.work()
+    assert [bench.failure(job).kind for job in jobs[:3]] == ["Busy"] * 3
+    gate.set()
+    assert held.result(30)
+    bench.finish()
+    assert bench.alone(some_tokens(9))
+
+
 def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(bench: Bench) -> None:
     good = bench.generate(some_tokens(9), count=5)
     bad = bench.generate(some_tokens(9), count=5, grammar=schema.grammar({"type": "strin"}))
@@ -162,7 +179,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(bench: Bench) 
 
 
 def test_a_tokenizer_that_is_not_known_serves_text_and_refuses_schemas(bench: Bench) -> None:
-    bench.loop._grammars = Grammars("{}", bench.shape.vocab, frozenset())
+    bench.loop._compiling._grammars = Grammars("{}", bench.shape.vocab, frozenset())
     assert len(bench.alone(some_tokens(9))) > 0
     job = bench.generate(some_tokens(9), grammar=FLAG)
     bench.finish()

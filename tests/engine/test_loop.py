@@ -6,6 +6,7 @@ Tolerance for rows with other adapters beside them: their log-probabilities diff
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import adapters
 import pytest
@@ -14,7 +15,7 @@ from models import Models
 from plain import logits, some_tokens
 from workbench import ADAPTER, PAGE, Bench
 
-from persona.engine import protocol
+from persona.engine import protocol, sampler
 from persona.engine.lora import Resident
 from persona.engine.protocol import AdapterRef, Piece
 from persona.engine.runner import Result
@@ -163,8 +164,42 @@ def test_an_adapter_that_computes_nan_ends_only_its_own_request(bench: Bench, tm
     bench.finish()
     assert bench.end(ill) == "error"
     assert bench.text(ill) == ""
+    assert isinstance(bench.answers[ill][-1], Piece)
+    assert bench.answers[ill][-1].chunk.kind == "AdapterError"
     assert bench.text(well) == bench.text(later) == wanted
     assert bench.alone(prompt) == wanted  # its pages are clean again
+
+
+@pytest.mark.parametrize("where", ["run", "draw"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), AssertionError("a kernel's"), TypeError("a bug")])
+def test_a_step_that_fails_ends_its_requests_and_no_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    prompt = some_tokens(20)
+    wanted = bench.alone(prompt)
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    jobs = [bench.generate(prompt), bench.generate(prompt)]
+    bench.work(3)
+    with monkeypatch.context() as now:
+        now.setattr(*((bench.loop._runner, "run") if where == "run" else (sampler, "draw")), fails)
+        bench.work()
+    assert [bench.end(job) for job in jobs] == ["error"] * 2
+    assert bench.alone(prompt) == wanted
+
+
+def test_a_lost_device_ends_the_process(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a new one can use the device again: whoever started the engine sees it end, and starts another."""
+
+    def fails(*_: Any) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    bench.generate(some_tokens(20))
+    monkeypatch.setattr(bench.loop._runner, "run", fails)
+    with pytest.raises(torch.AcceleratorError):
+        bench.work()
 
 
 def test_key_values_are_never_reused_by_another_sequence(models: Models, tmp_path: Path) -> None:

@@ -156,6 +156,16 @@ def test_a_flip_and_a_drop_leave_nothing_of_what_was(bench: Bench, tmp_path: Pat
     assert bench.scheduler.pool.free == bench.scheduler.pool.total
 
 
+def test_a_reply_that_runs_on_after_a_drop_leaves_nothing(bench: Bench) -> None:
+    prompt = some_tokens(5, seed=1)
+    running = bench.generate(prompt, count=40, user=7)
+    bench.work(2)
+    bench.ask(lambda job: protocol.Drop(job, 7))
+    bench.finish()
+    assert bench.end(running) == "length"
+    assert bench.health().cached_pages == 0
+
+
 def ahead(bench: Bench, tokens: list[int], ref: AdapterRef, user: int = 7) -> int:
     return bench.ask(lambda job: protocol.Prefill(job, protocol.PrefillRequest(tokens, ref, user)))
 

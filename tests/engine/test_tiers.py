@@ -1,5 +1,6 @@
 """Adapters on disk, in RAM and on the device: no step waits for a load, and nobody pays for another's trouble."""
 
+import errno
 import random
 import time
 from collections.abc import Callable
@@ -138,6 +139,27 @@ def test_a_bad_file_fails_those_who_want_it_and_nobody_else(
         shelf.deliver(slow)
         slow.finish()
         assert slow.end(again) == "length"
+
+
+def test_a_file_that_cannot_be_read_now_is_asked_for_again_later(
+    slow: Bench, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = made(slow, tmp_path)
+
+    def crowded(self: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    first = slow.generate(PROMPT, ref)
+    example = protocol.Example(PROMPT, [3, 4])
+    with monkeypatch.context() as now:
+        now.setattr(Path, "read_bytes", crowded)
+        shelf.deliver(slow)
+        trained = slow.train(protocol.TrainRequest([example], protocol.Plan(), str(tmp_path), ref))
+    assert [slow.failure(job).kind for job in (first, trained)] == ["Busy"] * 2  # not AdapterError: no quarantine
+    again = slow.generate(PROMPT, ref)
+    shelf.deliver(slow)
+    slow.finish()
+    assert slow.end(again) == "length"
 
 
 def test_what_goes_wrong_between_disk_and_device_fails_who_waits_and_is_tried_again(

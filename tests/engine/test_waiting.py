@@ -10,7 +10,8 @@ from models import Models
 from plain import some_tokens
 from workbench import Bench
 
-from persona.engine.waiting import GENERATED, LONG, OWN, Pace, Shares, WaitingRoom
+from persona.engine import protocol
+from persona.engine.waiting import GENERATED, LONG, OWN, Pace, Shares, WaitingRoom, cost
 
 
 @dataclass(eq=False)
@@ -118,11 +119,41 @@ def test_backlogged_users_are_served_alike(seed: int, longest: list[int]) -> Non
         (one,) = waiting.order(1)
         waiting.discard(one)
         refill(one.user_id)
-        cost = one.prompt + GENERATED * source.randint(0, 20)
-        shares.charge(one.user_id, cost)
-        served[one.user_id] += cost
+        spent = one.prompt + GENERATED * source.randint(0, 20)
+        shares.charge(one.user_id, spent)
+        served[one.user_id] += spent
         shares.go(one.user_id)
         assert max(served.values()) - min(served.values()) <= (OWN + 2) * (max(longest) + GENERATED * 20)
+
+
+@pytest.mark.parametrize("others", [1, 2, 10])
+def test_a_long_request_is_passed_over_for_so_long_and_no_longer(others: int) -> None:
+    """However many come who ask for little: each new, none of them served before."""
+    waiting, shares = room(long := Request(1, 4000, 64))
+    newcomers, served = iter(range(2, 10_000)), 0.0
+
+    def come() -> None:
+        one = Request(next(newcomers), 100, 64)
+        shares.come(one.user_id)
+        waiting.add(one)
+
+    for _ in range(others):
+        come()
+    while (one := waiting.order(1)[0]) is not long:
+        waiting.discard(one)
+        come()
+        shares.charge(one.user_id, cost(one))
+        shares.go(one.user_id)
+        served += cost(one)
+        assert served <= (others + 3) * OWN * cost(long)
+
+
+def test_who_is_served_meanwhile_is_not_let_in_for_having_waited() -> None:
+    waiting, shares = room(*[Request(1, 50) for _ in range(9)])
+    shares.charge(1, 5000)
+    shares.come(2)
+    waiting.add(Request(2, 40))
+    assert users(waiting.order(1)) == [2]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=60))
@@ -235,6 +266,39 @@ def test_who_runs_more_than_a_like_share_leaves_the_last_places_to_others(models
     others += [bench.generate(some_tokens(8, seed=90 + user), count=100, user=user) for user in (5, 6)]
     bench.work(2)
     assert all(bench.answers[job] for job in others)
+
+
+def test_who_holds_more_than_a_like_share_leaves_the_last_pages_to_others(models: Models) -> None:
+    """Few requests, all of them long: there are places enough, and no pages."""
+    bench = Bench(models, pages=160, running=32)
+    bench.alone(some_tokens(5), None, 1, user=2)
+    jobs = [bench.generate(some_tokens(40, seed=seed), count=120, user=1) for seed in range(20)]
+    bench.work(10)
+    assert bench.health().running == 7  # of 20 pages each, and an eighth is left
+    light = bench.generate(some_tokens(40, seed=99), count=100, user=2)
+    bench.work(3)
+    assert bench.answers[light]
+    bench.finish()
+    assert all(bench.end(job) == "length" for job in [*jobs, light])
+
+
+def test_a_prompt_that_is_scored_for_a_user_waits_and_counts_like_a_chat(models: Models) -> None:
+    clock = Clock()
+    bench = Bench(models, running=1, waiting=3, patience=5.0, clock=clock)
+    running = bench.generate(some_tokens(10), count=60, user=1)
+    bench.work(2)
+    jobs = [
+        bench.ask(lambda job: protocol.Score(job, protocol.ScoreRequest(some_tokens(30), [5, 9], user_id=1)))
+        for _ in range(5)
+    ]
+    assert [bench.failure(job).kind for job in jobs[3:]] == ["Busy"] * 2
+    light = bench.generate(some_tokens(10), count=3, user=2)
+    assert bench.failure(jobs[2]).kind == "Busy"  # the newest of who asked for most
+    clock.now = 6.0
+    bench.work()
+    assert [bench.failure(job).kind for job in (*jobs[:2], light)] == ["Busy"] * 3
+    bench.finish()
+    assert bench.end(running) == "length"
 
 
 def test_who_has_most_of_what_runs_sits_out_every_second_step_of_anothers_prompt(models: Models) -> None:
