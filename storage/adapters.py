@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from persona.domain import ROLLED_BACK, EntryId, UserId, Version, VersionState
-from persona.errors import NotFound, TrainingFailed
+from persona.errors import AdapterError, Busy, NotFound, TrainingFailed
 from storage import files, lineage
 from storage.database import Database, Transaction
 from storage.failpoints import reach
@@ -157,7 +157,7 @@ class Adapters:
             return [self._version(row) for row in await connection.execute(query)]
 
     async def verify(self, version: Version) -> None:
-        """Compare every byte with the manifest and the database. Raises AdapterError."""
+        """Compare every byte with the manifest and the database. Raises AdapterError, Busy."""
         path = files.folder(self._root, version.user_id, version.number)
         await in_thread(files.verify, path, _manifest(version))
 
@@ -173,7 +173,12 @@ class Adapters:
         return [self._version(row) for row in connection.execute(query)]
 
     async def quarantine(self, user_id: UserId, number: int, reason: str) -> Version | None:
-        """Take a damaged version out of service, for that reason; returns what serves now, None for the base."""
+        """Take a damaged version out of service, for that reason; returns what serves now, None for the base.
+
+        Raises Busy where the folder of all adapters is away: then nothing is known of this one.
+        """
+        if not await in_thread(files.any_there, self._root):
+            raise Busy("The folder of adapters is missing or empty: is its disk there? Try again then.", retry_after=30)
         async with self._db.write() as connection:
             row = await lineage.row(connection, user_id, number)
             if row is None:
@@ -185,18 +190,32 @@ class Adapters:
     async def prune(self, user_id: UserId, keep: int) -> Numbers:
         """Remove the files of all but the newest `keep` published versions; the serving one always stays.
 
-        Files of quarantined versions go too. Returns the numbers that can no longer be rolled back to.
+        Damaged files of quarantined versions go, too; those that the engine had something else against go once they
+        are older than all that is kept. Returns the numbers that can no longer be rolled back to.
         """
-        query = sa.select(versions.c.number, versions.c.state).where(versions.c.user_id == user_id)
+        query = sa.select(versions).where(versions.c.user_id == user_id)
         async with self._db.write() as connection:
             active = await lineage.pointer(connection, user_id)
             found = (await connection.execute(query.order_by(versions.c.number.desc()))).all()
             published = [row.number for row in found if row.state == VersionState.PUBLISHED and row.number != active]
             old = sorted(published[max(0, keep - (active is not None)) :])
             await lineage.mark(connection, user_id, old, VersionState.RETIRED)
-        broken = [row.number for row in found if row.state == VersionState.QUARANTINED]
+        kept = [active, *published]
+        oldest = min((number for number in kept if number is not None and number not in old), default=0)
+        quarantined = [self._version(row) for row in found if row.state == VersionState.QUARANTINED]
+        broken = [one.number for one in quarantined if one.number < oldest or not await self._sound(one)]
         await self._drop(user_id, old + broken)
         return old
+
+    async def _sound(self, version: Version) -> bool:
+        """Whether nothing is known against its files."""
+        try:
+            await self.verify(version)
+        except Busy:
+            return True
+        except AdapterError:
+            return False
+        return True
 
     async def remove_user(self, user_id: UserId) -> None:
         """Remove every file of a user."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from persona.errors import AdapterError, StorageFull
+from persona.errors import AdapterError, Busy, StorageFull
 from storage.failpoints import reach
 
 WEIGHTS = "adapter.safetensors"
@@ -104,18 +104,25 @@ def seal(made: Path, target: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def verify(path: Path, expected: Mapping[str, Any]) -> None:
-    """Read every byte and compare. Raises AdapterError that says what is wrong."""
+    """Read every byte and compare. Raises AdapterError that says what is wrong, Busy if it cannot be read now."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         sha256, size = measure(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterError("A file of this version is missing.") from error
     except OSError as error:
-        raise AdapterError("A file of this version is missing or cannot be read.") from error
+        raise Busy(f"A file of this version cannot be read now: {error.strerror}.", retry_after=30) from error
     except ValueError as error:
         raise AdapterError("The manifest of this version is damaged.") from error
     if not isinstance(manifest, dict) or any(manifest.get(key) != value for key, value in expected.items()):
         raise AdapterError("The manifest of this version does not match the database.")
     if (sha256, size) != (expected["sha256"], expected["bytes"]):
         raise AdapterError("The weights of this version are damaged: their checksum is wrong.")
+
+
+def any_there(root: Path) -> bool:
+    """Whether the folder exists and has something in it."""
+    return root.is_dir() and any(root.iterdir())
 
 
 def copy(path: Path, target: Path, expected: Mapping[str, Any]) -> None:
@@ -126,7 +133,7 @@ def copy(path: Path, target: Path, expected: Mapping[str, Any]) -> None:
             for name in (WEIGHTS, MANIFEST):
                 copy_file(path / name, target / name)
         except FileNotFoundError as error:
-            raise AdapterError("A file of this version is missing or cannot be read.") from error
+            raise AdapterError("A file of this version is missing.") from error
     verify(target, expected)
 
 

@@ -1,6 +1,7 @@
 """One chat request, from a model name to what history holds afterwards."""
 
 import asyncio
+import errno
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -399,6 +400,32 @@ async def test_threat_06_a_corrupt_version_is_quarantined_and_the_one_before_ans
         found = await it.adapters.get(it.user_id, broken.number)
         assert found.state is VersionState.QUARANTINED
         assert (await it.entries())[-1].version == 1
+
+
+@pytest.mark.parametrize("trouble", ["away", "unreadable"])
+async def test_threat_06_good_versions_outlive_a_disk_that_is_away(
+    room: Open, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    async with room() as it:
+        for content in (b"old", b"new"):
+            version = await it.publish(content)
+        root = Path(version.path).parents[1]
+        with monkeypatch.context() as now:
+            if trouble == "away":
+                root.rename(root.with_name("elsewhere"))
+            else:
+                now.setattr(Path, "read_bytes", _unreadable)
+            with pytest.raises(Busy):
+                await heard(await it.reply("hi"))
+        if trouble == "away":
+            root.with_name("elsewhere").rename(root)
+        reply = await it.say("hi")
+        assert reply.version is not None
+        assert reply.version.number == 2
+
+
+def _unreadable(path: Path) -> bytes:
+    raise OSError(errno.EIO, "Input/output error")
 
 
 async def test_threat_06_when_every_version_is_corrupt_the_base_answers(room: Open) -> None:

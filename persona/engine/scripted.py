@@ -175,8 +175,10 @@ class ScriptedEngine:
             return
         try:
             content = Path(ref.path, "adapter.safetensors").read_bytes()
-        except OSError:
+        except FileNotFoundError:
             raise AdapterError(f"The file of version {ref.number} is missing.") from None
+        except OSError:
+            raise Busy("The adapter could not be loaded now; try again later.", retry_after=10) from None
         if hashlib.sha256(content).hexdigest() != ref.sha256:
             raise AdapterError(f"The file of version {ref.number} does not match its checksum.")
 

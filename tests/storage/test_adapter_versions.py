@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from persona.domain import VersionState
-from persona.errors import AdapterError, NotFound, StorageFull
+from persona.errors import AdapterError, Busy, NotFound, StorageFull
 from storage import files
 from storage.adapters import Adapters
 
@@ -233,11 +233,31 @@ async def test_pruning_keeps_the_newest_and_the_serving_version(make, adapters, 
     assert (await adapters.get(ann.id, 5)).state == VersionState.RETIRED
 
 
-async def test_pruning_removes_the_files_of_quarantined_versions(make, adapters, ann):
-    made = [await make(ann.id) for _ in range(2)]
-    await adapters.quarantine(ann.id, 2, "its checksum is wrong")
+async def test_pruning_removes_damaged_files_and_spares_sound_ones_that_may_serve_again(make, adapters, ann):
+    made = [await make(ann.id) for _ in range(3)]
+    weights = Path(made[2].path) / "adapter.safetensors"
+    weights.chmod(0o600)
+    weights.write_bytes(b"damaged")
+    for number in (2, 3):
+        await adapters.quarantine(ann.id, number, "the engine did not take it")
     assert await adapters.prune(ann.id, keep=5) == []
-    assert [Path(version.path).exists() for version in made] == [True, False]
+    assert [Path(version.path).exists() for version in made] == [True, True, False]
+    made += [await make(ann.id) for _ in range(2)]
+    assert await adapters.prune(ann.id, keep=2) == [1]
+    assert [Path(version.path).exists() for version in made] == [False, False, False, True, True]
+
+
+async def test_threat_06_nothing_is_called_damaged_while_the_folder_is_away(make, adapters, ann, root):
+    await make(ann.id)
+    root.rename(root.with_name("elsewhere"))
+    for there in (False, True):  # not there, or there and empty, as a place to which nothing is mounted
+        if there:
+            root.mkdir()
+        with pytest.raises(Busy, match="folder of adapters"):
+            await adapters.quarantine(ann.id, 1, "its file is missing")
+    root.rmdir()
+    root.with_name("elsewhere").rename(root)
+    assert (await adapters.active(ann.id)).number == 1
 
 
 async def test_remove_user_removes_every_file_of_that_user_alone(make, adapters, ann, bob, root):
