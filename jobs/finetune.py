@@ -24,7 +24,7 @@ from jobs.rehearsal import Rehearsal
 from persona.domain import ChatTokenizer, EntryId, Run, RunState, User, UserId, Version, VersionState
 from persona.engine.faces import Engine
 from persona.engine.protocol import AdapterRef, Progress, TrainRequest, ref
-from persona.errors import AdapterError, NotFound, PersonaError, TooLarge, TrainingFailed
+from persona.errors import AdapterError, Busy, EngineDown, NotFound, PersonaError, TooLarge, TrainingFailed
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.history import History
@@ -129,7 +129,10 @@ class Finetune:
         except NotFound:
             sentence = "The history or the version changed while this run was training."
             return _Outcome(RunState.FAILED, sentence, metrics={"again": True})
-        except PersonaError as error:  # busy, down or full: nothing is wrong with the text
+        except Busy as error:
+            state = RunState.FAILED if isinstance(error, EngineDown) else RunState.DEFERRED
+            return _Outcome(state, error.message, metrics={"again": True})
+        except PersonaError as error:  # the disk is full: nothing is wrong with the text
             return _Outcome(RunState.FAILED, error.message, metrics={"again": True})
         except Exception as error:  # the worker goes on, whatever one user's run meets
             log.error("run failed unexpectedly", run=run.id, error=type(error).__name__, at=_place(error))

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from jobs import leaner
 from jobs.trainer import Trainer
 from persona.engine import adapter_file, branches, decoder, lora, protocol, weights
 from persona.engine.adapter_file import Adapter
@@ -30,7 +31,7 @@ from persona.engine.kernels.native import NativeSteps
 from persona.engine.loop import EngineLoop
 from persona.engine.memory import Memory
 from persona.engine.pages import PagePool
-from persona.engine.protocol import AdapterRef, Health, Progress, TrainRequest
+from persona.engine.protocol import AdapterRef, Health, Plan, Progress, TrainRequest
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Scheduler
 from persona.engine.text import Text
@@ -82,7 +83,11 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
 
     def train(request: TrainRequest) -> Iterator[Progress | None]:
         start = read(request.start) if request.start is not None else None
-        return Trainer(base, options.base, request, start).slices()
+
+        def under(plan: Plan) -> Iterator[Progress | None]:
+            return Trainer(base, options.base, protocol.replace(request, plan=plan), start).slices()
+
+        return leaner.slices(under, request.plan)
 
     tiers = Tiers(
         read,

@@ -36,6 +36,11 @@ def fatal(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 
+def starved(error: BaseException) -> bool:
+    """Whether memory ran out; torch's CPU allocator says so in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
 def cause(error: BaseException) -> str:
     """The system's own words for a failure: never user text."""
     if isinstance(error, OSError):

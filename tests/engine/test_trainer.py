@@ -16,7 +16,7 @@ from plain import Whole, some_tokens
 from workbench import Bench, projections
 
 from jobs.sparse import SparseAdapter
-from jobs.trainer import Trainer, batches, packs, step_targets
+from jobs.trainer import Pack, Trainer, batches, packs, step_targets
 from persona.engine import adapter_file, head, protocol
 from persona.engine import decoder as network
 from persona.engine.adapter_file import FILE
@@ -476,6 +476,42 @@ def test_a_pause_stops_the_slices_until_it_ends(models: Models, tmp_path: Path) 
     bench.ask(protocol.Resume)
     bench.finish()
     assert bench.answers[job][-1].progress.done  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError, RuntimeError])
+def test_threat_14_a_training_short_of_memory_takes_smaller_slices_and_serving_goes_on(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    bench, forward = Bench(models), Trainer._pack
+
+    def short(trainer: Trainer, pack: Pack, weight: float) -> Any:
+        if trainer._plan.slice_tokens > 64:
+            raise kind("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+        return forward(trainer, pack, weight)
+
+    monkeypatch.setattr(Trainer, "_pack", short)
+    job = bench.train(request(tmp_path, learnable(40), passes=1, slice_tokens=256))
+    bench.finish()
+    assert bench.answers[job][-1].progress.done  # type: ignore[union-attr]
+    assert bench.alone(some_tokens(10))
+
+
+def test_threat_14_a_training_that_fits_in_no_slices_is_put_off(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, tried = Bench(models), list[int]()
+
+    def short(trainer: Trainer, pack: Pack, weight: float) -> Any:
+        tried.append(trainer._plan.slice_tokens)
+        raise MemoryError
+
+    monkeypatch.setattr(Trainer, "_pack", short)
+    job = bench.train(request(tmp_path, learnable(), slice_tokens=100))
+    wanted = bench.generate(some_tokens(10))
+    bench.finish()
+    assert (bench.failure(job).kind, tried) == ("Busy", [100, 50, 25])
+    assert bench.end(wanted) == "length"
+    assert not (tmp_path / FILE).exists()
 
 
 def test_a_second_training_is_busy(models: Models, tmp_path: Path) -> None:

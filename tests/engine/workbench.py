@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from models import Models
 
+from jobs import leaner
 from jobs.trainer import Trainer
 from persona.engine import adapter_file, branches, lora, protocol
 from persona.engine.adapter_file import Adapter
@@ -28,6 +29,7 @@ from persona.engine.protocol import (
     GenerateRequest,
     Health,
     Piece,
+    Plan,
     Progress,
     Reply,
     Sampling,
@@ -121,7 +123,11 @@ class Bench:
 
     def _train(self, request: TrainRequest) -> Iterator[Progress | None]:
         start = self._read(request.start) if request.start is not None else None
-        return Trainer(self.decoder, self.prepared.base, request, start).slices()
+
+        def under(plan: Plan) -> Iterator[Progress | None]:
+            return Trainer(self.decoder, self.prepared.base, protocol.replace(request, plan=plan), start).slices()
+
+        return leaner.slices(under, request.plan)
 
     # --- requests: each returns its job
 
