@@ -1,6 +1,7 @@
 """Decode steps recorded once and replayed: a step is hundreds of launches, which cost more than few rows compute.
 
-There is one recording for each size of persona/engine/buckets.py, with and without adapters, made when first needed. A
+There is one recording for each size of persona/engine/buckets.py, with and without adapters, made before anybody is
+served: that compiles the kernels, which no step shall wait for. A size that cannot be recorded is launched. A
 recording reads one static table of integers and one of adapters' addresses, which are filled before each replay, and
 leaves its logits in one static tensor. It needs kernels that take everything from memory: without them there are no
 recordings. Steps with prompts are never replayed.
@@ -11,6 +12,7 @@ Not run on CUDA yet: the tests replay by computing again.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import structlog
 import torch
 
 from persona.engine import attention, buckets
@@ -20,8 +22,10 @@ from persona.engine.decoder import Decoder
 from persona.engine.kernels.choice import Kernels
 from persona.engine.kernels.reference import DecodeRows
 from persona.engine.lora import Gathered, Resident
+from persona.engine.refusals import fatal
 from persona.engine.weights import Projection
 
+log = structlog.get_logger("engine")
 Work = Callable[[], torch.Tensor]
 Record = Callable[[Work], tuple[Callable[[], None], torch.Tensor]]  # what to call for a replay, and where its result is
 
@@ -48,28 +52,45 @@ class DecodeGraphs:
         self._decoder, self._cache, self._layout, self._kernels = decoder, cache, layout, kernels
         self._record = record
         cache.clear([layout.scratch])  # rows that are none read it, too
-        self._made: dict[tuple[int, bool], _Recording] = {}
+        self._made: dict[tuple[int, bool], _Recording | None] = {}  # None: it cannot be recorded
         self._last: _Recording | None = None
+
+    def prepare(self) -> None:
+        """Record every size, the largest first: they share memory."""
+        for size in reversed(buckets.BUCKETS):
+            for adapted in (True, False):
+                self._recording(size, adapted)
 
     def logits(self, rows: Sequence[Row], adapters: Sequence[Resident | None]) -> torch.Tensor | None:
         """The step of these rows: [rows, vocab] fp32, or None if there is no recording for so many or so long ones."""
         size = buckets.bucket(len(rows))
         if size is None or not self._layout.fits(rows):
             return None
-        key = size, any(adapter is not None for adapter in adapters)
-        if key not in self._made:
-            self._made[key] = self._recording(*key)
-        if self._last is not self._made[key]:
+        recording = self._recording(size, any(adapter is not None for adapter in adapters))
+        if self._last is not recording:
             self.forget()
-            self._last = self._made[key]
-        return self._last.run(self._layout.lines(rows, size), adapters)[: len(rows)].clone()
+            self._last = recording
+        if recording is None:
+            return None
+        return recording.run(self._layout.lines(rows, size), adapters)[: len(rows)].clone()
 
     def forget(self) -> None:
         """Let go of the last step's adapters."""
         if self._last is not None:
             self._last.adapters = ()
 
-    def _recording(self, size: int, adapted: bool) -> "_Recording":
+    def _recording(self, size: int, adapted: bool) -> "_Recording | None":
+        if (key := (size, adapted)) not in self._made:
+            try:
+                self._made[key] = self._new(size, adapted)
+            except RuntimeError as error:  # memory, mostly
+                if fatal(error):
+                    raise
+                log.warning("steps are slower: one size is not recorded", rows=size, kind=type(error).__name__)
+                self._made[key] = None
+        return self._made[key]
+
+    def _new(self, size: int, adapted: bool) -> "_Recording":
         decoder, layout = self._decoder, self._layout
         inputs = torch.tensor(layout.lines([], size), device=decoder.device)
         gathered = Gathered(self._kernels, decoder.shape.layers, size, decoder.device) if adapted else None

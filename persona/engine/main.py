@@ -29,7 +29,8 @@ from persona.engine.kernels import native
 from persona.engine.kernels.choice import kernels
 from persona.engine.kernels.native import NativeSteps
 from persona.engine.loop import EngineLoop
-from persona.engine.memory import Memory
+from persona.engine.lora import Resident
+from persona.engine.memory import Memory, apart
 from persona.engine.pages import PagePool
 from persona.engine.protocol import AdapterRef, Health, Plan, Progress, TrainRequest
 from persona.engine.runner import Runner
@@ -81,6 +82,10 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
     def read(ref: AdapterRef) -> Adapter:
         return adapter_file.read(Path(ref.path), ref.sha256, options.base, base.shape)
 
+    def fill(adapter: Adapter, pages: list[int]) -> Resident:
+        with apart(base.device):
+            return lora.expand(adapter, base.shape, base.dtype, memory.run(pages))
+
     def train(request: TrainRequest) -> Iterator[Progress | None]:
         start = read(request.start) if request.start is not None else None
 
@@ -92,7 +97,7 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
     tiers = Tiers(
         read,
         lambda adapter: memory.needed(lora.nbytes(adapter, base.shape, base.dtype)),
-        lambda adapter, pages: lora.expand(adapter, base.shape, base.dtype, memory.run(pages)),
+        fill,
         pool=pool,
         host_budget=options.host_mb << 20,
         submit=loader,
@@ -138,7 +143,9 @@ def _whole(options: Options, base: Decoder, cache: KvCache) -> DecodeGraphs | Na
         return compiled
     last = cache.memory.pages - 1
     layout = Layout(options.page_tokens, cache.stride, -(-context // options.page_tokens), scratch=last)
-    return DecodeGraphs(base, cache, layout, quick)
+    graphs = DecodeGraphs(base, cache, layout, quick)
+    graphs.prepare()
+    return graphs
 
 
 def _memory_used(device: torch.device) -> int:

@@ -8,7 +8,8 @@ neighbouring pages is one stretch of bytes in which an adapter's factors stand o
 gets a page writes all that will be read of it: nothing of an earlier owner is seen through another type.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -28,3 +29,20 @@ class Memory:
     def needed(self, nbytes: int) -> int:
         """Pages that hold so many bytes: one at least."""
         return max(1, -(-nbytes // self.page_bytes))
+
+
+@contextmanager
+def apart(device: torch.device) -> Iterator[None]:
+    """While a load is written, by the loader's thread: on a GPU in a stream of its own, so that no step waits for it.
+
+    It waits for the steps that were launched before, which may still read what stood in its pages; at its end all is
+    written.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

@@ -4,7 +4,10 @@ A replay computes again from the recording's own memory, so everything is tested
 the path of the CPU: log-probabilities within 1e-3, and the same words.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import adapters
 import pytest
@@ -14,8 +17,11 @@ from parts import library
 from plain import some_tokens
 from workbench import PAGE, Bench
 
+from persona.engine.buckets import BUCKETS
+from persona.engine.graphs import Work
 from persona.engine.kernels import choice
 from persona.engine.kernels.choice import Kernels
+from persona.engine.memory import apart
 from persona.engine.protocol import AdapterRef, Piece
 
 CLOSE = 1e-3
@@ -82,6 +88,60 @@ def test_a_step_beyond_every_recording_is_computed(models: Models, gpu_path: Ker
     one.graphs._layout = one.graphs._layout._replace(most=1)
     wanted = replies(bench(models), [None, None])
     same(replies(one, [None, None]), wanted)
+
+
+def test_all_sizes_are_recorded_before_anybody_is_served(models: Models, tmp_path: Path, gpu_path: Kernels) -> None:
+    one = bench(models, gpu_path)
+    assert one.graphs is not None
+    one.graphs.prepare()
+    made = dict(one.graphs._made)
+    assert set(made) == {(size, adapted) for size in BUCKETS for adapted in (True, False)}
+    replies(one, refs(one, tmp_path))
+    assert one.graphs._made == made
+
+
+def test_a_size_that_cannot_be_recorded_is_launched_and_tried_once(models: Models, gpu_path: Kernels) -> None:
+    one, tries = bench(models, gpu_path), list[Work]()
+
+    def fails(work: Work) -> NoReturn:
+        tries.append(work)
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    assert one.graphs is not None
+    one.graphs._record = fails
+    same(replies(one, [None, None]), replies(bench(models), [None, None]))
+    assert len(tries) == 1
+
+
+def test_a_load_has_a_stream_of_its_own_and_is_there_when_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step waits for it; it waits for the steps that were launched before it, whose pages it may have got."""
+    told: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            told.append("stream")
+
+        def wait_stream(self, other: str) -> None:
+            told.append(f"waits for {other}")
+
+        def synchronize(self) -> None:
+            told.append("done")
+
+    @contextmanager
+    def within(stream: Stream) -> Iterator[None]:
+        told.append("in it")
+        yield
+        told.append("out of it")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the steps")
+    with apart(torch.device("cuda")):
+        told.append("copies")
+    assert told == ["stream", "waits for the steps", "in it", "copies", "out of it", "done"]
+    with apart(torch.device("cpu")):
+        pass
+    assert len(told) == 6
 
 
 def test_spare_rows_write_to_the_scratch_page_and_nobody_reads_it(models: Models, gpu_path: Kernels) -> None:
