@@ -22,7 +22,7 @@ async def test_a_version_that_was_staged_and_flipped_serves(house: House) -> Non
     ref = house.ref(house.user())
     await house.engine.stage(ref)
     await house.engine.flip(ref)
-    assert await text(house, ref)
+    assert await text(house, ref) != await text(house, None)
 
 
 async def test_staging_twice_is_staging_once(house: House) -> None:
@@ -63,6 +63,7 @@ async def test_threat_08_a_running_reply_ends_on_its_version_across_flip_and_dro
     user = house.user()
     old, new = house.ref(user, 1), house.ref(user, 2)
     wanted = await text(house, old)
+    assert await text(house, new) != wanted
     stream = house.engine.generate(GenerateRequest(PROMPT, Sampling(max_tokens=8), old))
     shown = (await anext(stream)).text
     await house.engine.stage(new)

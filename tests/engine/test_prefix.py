@@ -6,7 +6,7 @@ import adapters
 import pytest
 from models import Models
 from plain import some_tokens
-from workbench import Bench
+from workbench import PAGE, Bench
 
 from persona.engine import protocol
 from persona.engine.pages import PagePool
@@ -231,6 +231,9 @@ def test_two_who_compute_the_same_at_once_share_what_the_first_left(bench: Bench
     bench.finish()
     assert len({bench.text(job) for job in jobs}) == 1
     bench.scheduler.prefix.check([], [])
+    assert bench.health().cached_pages == (50 + 12 - 1) // PAGE  # once, not three times
+    bench.alone(prompt, user=7)
+    assert bench.health().cached_tokens == 48
 
 
 def test_not_finite_values_of_one_version_reach_no_other(bench: Bench, tmp_path: Path) -> None:
