@@ -3,6 +3,7 @@
 The same lines that `persona history import` takes, each naming its author in "user".
 """
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from storage.history import History, ImportItem
 from storage.import_lines import WireItem
 from storage.users import Users
 
+_PLACE = re.compile(r"^(Item|Line) \d+: ")  # how a refusal of an upload begins
+
 
 class _Named(WireItem, kw_only=True):
     user: str
@@ -23,7 +26,7 @@ class _Named(WireItem, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Somebody and what they wrote, in the order of the file, which is that of time."""
+    """Somebody and what they wrote, in the order of time; what has one time stands as in the file."""
 
     name: str
     items: tuple[ImportItem, ...]
@@ -34,7 +37,7 @@ def read(
 ) -> list[Person]:
     """The people of `file` in the order in which they first appear; the first `limit` of those that are wanted.
 
-    only: nobody but these, in this order. Raises RequestError naming the line or the name that is wrong.
+    only: nobody but these, in this order, each once. Raises RequestError naming the line or the name that is wrong.
     """
     found: dict[str, list[ImportItem]] = {}
     try:
@@ -48,10 +51,10 @@ def read(
     for name in (*only, *without):
         if name not in found:
             raise RequestError(f"{file} holds nobody called {name}.")
-    names = [name for name in (only or found) if name not in without][:limit]
+    names = [name for name in dict.fromkeys(only or found) if name not in without][:limit]
     if not names:
         raise RequestError(f"{file} holds no history.")
-    return [Person(name, tuple(found[name])) for name in names]
+    return [Person(name, tuple(sorted(found[name], key=lambda item: item.ts))) for name in names]
 
 
 async def enrol(
@@ -65,13 +68,21 @@ async def enrol(
 
 def _named(file: Path, number: int, line: bytes) -> _Named:
     try:
-        return decode(line, _Named)
+        named = decode(line, _Named)
     except RequestError as error:
-        raise RequestError(f"Line {number} of {file}: {error.message}", param=error.param) from None
+        raise _wrong(file, number, error) from None
+    if not named.user.strip():
+        raise RequestError(f"Line {number} of {file}: user is empty; give whoever wrote it a name.", param="user")
+    return named
 
 
 def _item(file: Path, number: int, named: _Named) -> ImportItem:
     try:
         return import_lines.item(number, named)
     except Unprocessable as error:
-        raise RequestError(f"{file}: {error.message}", param=error.param) from None
+        raise _wrong(file, number, error) from None
+
+
+def _wrong(file: Path, number: int, error: RequestError) -> RequestError:
+    """The refusal of an upload, told of a line of the file."""
+    return RequestError(f"Line {number} of {file}: {_PLACE.sub('', error.message)}", param=error.param)
