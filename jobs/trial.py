@@ -134,11 +134,12 @@ class Trial:
     ) -> list[Result]:
         """One person after another learns and is measured; then all are recognised and asked.
 
-        told: gets each person as soon as they are measured. Raises RequestError for a history that is too short,
-        before anybody learns.
+        told: gets each person as soon as they are measured. Raises RequestError for a history that is too short and
+        for a context that is too long, before anybody learns.
         """
         pupils = [await self._enrol(number, person, options) for number, person in enumerate(people)]
         lessons = [await self._lessons(pupil, options.rounds) for pupil in pupils]
+        self._demand_room([one for mine in lessons for lesson in mine for one in lesson.data.held_out], options)
         stages: list[list[Stage]] = []
         results: list[Result] = []
         for place, pupil in enumerate(pupils):
@@ -160,14 +161,15 @@ class Trial:
     async def _enrol(self, number: int, person: Person, options: Options) -> "_Pupil":
         """The person as a user with the newest part of their history."""
         user_id, entries = await enrol(person, number, self._users, self._history, self._count)
+        first = 0
         if options.tokens is not None:
             room = options.tokens
             for start in range(len(entries) - 1, -1, -1):
                 room -= self._count(dataset.own_words(entries[start].text)) if entries[start].role is Role.USER else 0
                 if room < 0:
-                    entries = entries[start + 1 :]
+                    first = start + 1
                     break
-        return _Pupil(person.name, user_id, entries)
+        return _Pupil(person.name, user_id, entries[first:], frozenset(entry.id for entry in entries[:first]))
 
     async def _lessons(self, pupil: "_Pupil", rounds: int) -> list["_Lesson"]:
         """What each round may see and trains on, as a run of the service would."""
@@ -191,6 +193,20 @@ class Trial:
             watermark = data.watermark
         return lessons
 
+    def _demand_room(self, messages: Sequence[HeldOut], options: Options) -> None:
+        """Any of the messages after any quotation is read whole: of one that was cut, fewer words would count.
+
+        Raises RequestError.
+        """
+        framed = [self.draft(message, "") for message in messages]
+        bare = max(one.targets[0] for one in framed) + max(len(one.targets) for one in framed)
+        quoted, longest = max(context.tokens for context in options.contexts), self._settings.engine.context
+        if (wanted := bare + quoted + prompt.SEAM_TOKENS) > longest:
+            raise RequestError(
+                f"A prompt that quotes {quoted} tokens may have {wanted} here, and engine.context is {longest}: raise it,"
+                " or measure with shorter contexts (--contexts)."
+            )
+
     async def _learn(self, pupil: "_Pupil", lessons: Sequence["_Lesson"]) -> list[Stage]:
         """Each round from the version of the round before, the first from the prior."""
         stages: list[Stage] = []
@@ -211,9 +227,11 @@ class Trial:
         return stages
 
     async def _train(self, request: TrainRequest) -> Progress:
-        async for progress in self._engine.train(request):
-            if progress.done:
-                return progress
+        last: Progress | None = None
+        async for last in self._engine.train(request):
+            pass
+        if last is not None and last.done:
+            return last
         raise TrainingFailed("The engine ended the training without a result.")
 
     # --- measuring
@@ -223,7 +241,6 @@ class Trial:
     ) -> Result:
         last, short = stages[-1], options.contexts[0].tokens
         result = Result(pupil.name, last.own_tokens, bytes=last.bytes, seconds=sum(s.seconds for s in stages))
-        result.lengths = [len(self.draft(message, "").targets) for message in last.held_out]
         measure = _Measure(self, pupil, last.held_out, result)
         await measure("base", None)
         for context in options.contexts:
@@ -249,7 +266,6 @@ class Trial:
     async def _point(self, pupil: "_Pupil", stage: Stage, context: Context) -> dict[str, float]:
         """The curve after an earlier round, on the messages that came next then."""
         then = Result(pupil.name, stage.own_tokens)
-        then.lengths = [len(self.draft(message, "").targets) for message in stage.held_out]
         measure = _Measure(self, pupil, stage.held_out, then)
         await measure("base", None)
         await measure("context", None, context)
@@ -269,18 +285,16 @@ class Trial:
             lately = [e for e in pupil.before(message) if e.id not in message.conversation][-WINDOW:]
             return prompt.quote_recent(dataset.redacted(lately), self._tokenizer, context.tokens).text
         said = "\n".join(line.text for line in message.lines) or pupil.before(message)[-1].text
-        mine = {entry.id for entry in pupil.entries}
         found = await self._history.search(
-            pupil.user_id, said, limit=FOUND, before=message.entry_id, exclude=message.conversation
+            pupil.user_id, said, limit=FOUND, before=message.entry_id, exclude=message.conversation | pupil.unused
         )
-        some = dataset.redacted([entry for entry in found if entry.id in mine])
-        return prompt.quote_found(some, self._tokenizer, context.tokens).text
+        return prompt.quote_found(dataset.redacted(found), self._tokenizer, context.tokens).text
 
     def draft(self, message: HeldOut, quoted: str, text: str | None = None) -> frames.Framed:
         """The message, or `text` in its place, as a draft after what was said before it."""
         lines = frames.trim_lines(message.lines, self._settings.learning.context_tokens, self._tokenizer)
         framed = frames.draft(lines, message.text if text is None else text, quoted=quoted, tokenizer=self._tokenizer)
-        return framed.clipped(targets=dataset.TARGET_TOKENS, tokens=self._settings.engine.context)
+        return framed.clipped(targets=dataset.TARGET_TOKENS, tokens=len(framed.tokens))
 
     async def _reference(self, adapter: AdapterRef | None) -> float:
         """Loss per token on the answers that an assistant must not unlearn."""
@@ -347,11 +361,12 @@ def _per_token(logprobs: Sequence[Sequence[float]]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Pupil:
-    """A person in the trial: entries in order."""
+    """A person in the trial: entries in order, and those before them, which the trial leaves out."""
 
     name: str
     user_id: UserId
     entries: list[Entry]
+    unused: frozenset[EntryId]
 
     def before(self, message: HeldOut) -> list[Entry]:
         return [entry for entry in self.entries if entry.id < message.entry_id]
@@ -377,5 +392,8 @@ class _Measure:
     async def __call__(self, name: str, adapter: AdapterRef | None, context: Context | None = None) -> None:
         quoted = [await self.trial.quoted(self.pupil, message, context) for message in self.messages]
         framed = [self.trial.draft(message, text) for message, text in zip(self.messages, quoted, strict=True)]
+        lengths = [len(one.targets) for one in framed]
+        self.result.lengths = self.result.lengths or lengths
+        assert lengths == self.result.lengths, "the same words count under every condition"
         found = await self.trial.scored(framed, adapter)
         self.result.nats[name] = [-sum(values) for values in found]

@@ -143,7 +143,7 @@ def test_too_little_memory_is_told_before_anything_is_loaded(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_experiment_that_is_ended_leaves_no_history_behind(home: Path, tmp_path: Path, number: int) -> None:
     environ = {**os.environ, "PERSONA_CACHE": str(home / "cache"), "TMPDIR": str(tmp_path)}
-    words = ["--config", str(home / "persona.toml"), "eval", "--data", str(home / "all.jsonl")]
+    words = ["--config", str(home / "persona.toml"), *map(str, EVAL), "--data", str(home / "all.jsonl")]
     with subprocess.Popen([sys.executable, "-m", "persona", *words], env=environ) as process:
         while not list(tmp_path.glob("persona-*/adapters/*")) and process.poll() is None:
             time.sleep(0.05)

@@ -1,0 +1,81 @@
+"""What the instrument promises whatever the model: whole messages, fair contexts. On an engine that says what it is told."""
+
+import re
+from datetime import timedelta
+
+import pytest
+from histories import DAWN, TEXT
+from world import World
+
+from jobs.people import Person
+from jobs.rehearsal import Rehearsal
+from jobs.trial import Context, Options, Trial
+from persona import prompt
+from persona.domain import Line
+from persona.errors import RequestError
+from storage.history import ImportItem
+
+RECENT = (Context("recent", 400),)
+FOUND = (Context("found", 400),)
+WORDS = ("north", "south", "east", "west", "home", "away", "over", "under")
+
+
+def trial(world: World, **more: object) -> Trial:
+    rehearsal = Rehearsal(world.engine, TEXT, world.settings, lambda: world.base)
+    parts = (world.settings, world.users, world.history, world.engine, TEXT, rehearsal, world.settings.adapters)
+    return Trial(*parts, **more)  # type: ignore[arg-type]
+
+
+def person(name: str, texts: list[str]) -> Person:
+    asked = (Line("zoe", "where is the fox now"),)
+    return Person(name, tuple(ImportItem(t, DAWN + timedelta(minutes=i), None, asked) for i, t in enumerate(texts)))
+
+
+def said(count: int, word: str = "fox") -> list[str]:
+    """So many different messages."""
+    return [f"the {word} is {WORDS[i % 8]} of {WORDS[i // 8 % 8]} by {WORDS[i // 64]}" for i in range(count)]
+
+
+async def begin_anew(world: World, context: int) -> None:
+    """Nobody is there, and the engine reads so many tokens."""
+    for user in await world.users.all():
+        await world.users.forget(user.id)
+    engine = world.settings.engine.model_copy(update={"context": context})
+    world.settings = world.settings.model_copy(update={"engine": engine})
+
+
+async def test_a_context_that_leaves_a_message_no_room_is_refused_before_anybody_learns(world: World) -> None:
+    some = [person("ann", said(40)), person("bob", [*said(39, "dog"), "a long last word " * 12])]
+    options = Options(rounds=1, contexts=RECENT, probes=0)
+    await begin_anew(world, 512)
+    with pytest.raises(
+        RequestError, match=r"quotes 400 tokens .* engine.context is 512: raise it, or .*shorter"
+    ) as told:
+        await trial(world).run(some, options)
+    assert (world.engine.trained, world.engine.scored) == ([], [])
+    wanted = int(re.findall(r"may have (\d+)", told.value.message)[0])
+    await begin_anew(world, wanted - 1)
+    with pytest.raises(RequestError, match=f"engine.context is {wanted - 1}"):
+        await trial(world).run(some, options)
+    await begin_anew(world, wanted)
+    results = await trial(world).run(some, options)
+    assert max(results[1].lengths) > 200
+    assert max(len(request.tokens) for request in world.engine.scored) <= wanted
+    for result in results:
+        assert all(min(values) > 0 for values in result.nats.values())
+
+
+async def test_search_looks_among_what_the_trial_uses_and_nowhere_else(world: World) -> None:
+    """Hundred older and shorter messages answer better, and are none of this history."""
+    old, new = said(100, "fox"), [f"{text}, and later it was told to everybody here" for text in said(40, "fox")]
+    own = sum(len(text) for text in new)
+    (result,) = await trial(world).run(
+        [person("ann", old + new)], Options(tokens=own, rounds=1, contexts=FOUND, probes=0)
+    )
+    prompts = [TEXT.decode(request.tokens) for request in world.engine.scored[: 2 * len(result.lengths)]]
+    quoting = [text.partition(prompt.FOUND)[2] for text in prompts if prompt.FOUND in text]
+    assert len(quoting) == len(result.lengths)
+    for text in quoting:
+        lines = re.findall(r'user: "(.*)"', text)
+        assert len(lines) >= 3
+        assert all("later" in line for line in lines)
