@@ -203,22 +203,23 @@ class Trial:
         quoted, longest = max(context.tokens for context in options.contexts), self._settings.engine.context
         if (wanted := bare + quoted + prompt.SEAM_TOKENS) > longest:
             raise RequestError(
-                f"A prompt that quotes {quoted} tokens may have {wanted} here, and engine.context is {longest}: raise it,"
-                " or measure with shorter contexts (--contexts)."
+                f"A prompt that quotes {quoted} tokens may have {wanted} here, and engine.context is {longest}:"
+                " raise it, or measure with shorter contexts (--contexts)."
             )
 
     async def _learn(self, pupil: "_Pupil", lessons: Sequence["_Lesson"]) -> list[Stage]:
         """Each round from the version of the round before, the first from the prior."""
         stages: list[Stage] = []
-        for number, lesson in enumerate(lessons):
-            self._notify(f"{pupil.name} learns", number, len(lessons))
+        for number, lesson in enumerate(lessons, 1):
+            doing = f"{pupil.name} learns, round {number} of {len(lessons)}"
+            self._notify(doing, 0, 1)
             data, start = lesson.data, stages[-1].adapter if stages else self._prior
             out = self._folder / f"{pupil.user_id}-{lesson.entries}"
             out.mkdir(parents=True)
             own = [sample.example for sample in data.examples]
             wanted = plan(self._settings.learning, data.passes, start, own)
             rehearsed = await self._rehearsal.examples(own, data.watermark)
-            last = await self._train(TrainRequest([*own, *rehearsed], wanted, str(out), start))
+            last = await self._train(TrainRequest([*own, *rehearsed], wanted, str(out), start), doing)
             made = out / adapter_file.FILE
             digest = hashlib.sha256(made.read_bytes()).hexdigest()
             ref = AdapterRef(pupil.user_id, lesson.entries, str(out), digest)
@@ -226,10 +227,11 @@ class Trial:
             stages.append(Stage(ref, absorbed, data.held_out, made.stat().st_size, last.seconds))
         return stages
 
-    async def _train(self, request: TrainRequest) -> Progress:
+    async def _train(self, request: TrainRequest, doing: str) -> Progress:
         last: Progress | None = None
-        async for last in self._engine.train(request):
-            pass
+        async for progress in self._engine.train(request):
+            self._notify(doing, progress.step, progress.steps)
+            last = progress
         if last is not None and last.done:
             return last
         raise TrainingFailed("The engine ended the training without a result.")

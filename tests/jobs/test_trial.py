@@ -70,7 +70,7 @@ async def test_everybody_is_better_served_by_their_own_adapter(parts: Private, t
         assert result.recognised["author_together"] == 1.0
     assert set(results[0].nats) >= {"stale", "stale_context", "wrong_user_context", "adapter_context", "base"}
     assert "prior" not in results[0].nats
-    assert "bob learns" in told
+    assert "bob learns, round 2 of 2" in told
 
 
 class Watched:

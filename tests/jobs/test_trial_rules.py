@@ -1,4 +1,4 @@
-"""What the instrument promises whatever the model: whole messages, fair contexts. On an engine that says what it is told."""
+"""What the instrument promises whatever the model learns, on an engine that says what it is told."""
 
 import re
 from datetime import timedelta
@@ -79,3 +79,12 @@ async def test_search_looks_among_what_the_trial_uses_and_nowhere_else(world: Wo
         lines = re.findall(r'user: "(.*)"', text)
         assert len(lines) >= 3
         assert all("later" in line for line in lines)
+
+
+async def test_each_step_of_each_round_is_told_while_somebody_learns(world: World) -> None:
+    told: list[tuple[str, int, int]] = []
+    made = trial(world, notify=lambda *what: told.append(what))
+    await made.run([person("ann", said(60))], Options(rounds=2, contexts=RECENT, probes=0))
+    learning = [(what, done, total) for what, done, total in told if "learns" in what]
+    steps = [(0, 1), (1, 3), (2, 3), (3, 3), (3, 3)]
+    assert learning == [(f"ann learns, round {number} of 2", *step) for number in (1, 2) for step in steps]
