@@ -15,7 +15,7 @@ from persona.app_private import Private, private
 from persona.cli_screen import emit, plain, progress, say, table
 from persona.cli_serve import fetched
 from persona.engine.protocol import AdapterRef
-from persona.errors import PersonaError, RequestError
+from persona.errors import RequestError
 from persona.settings import Settings
 from storage.history import History
 from storage.users import Users
@@ -54,12 +54,12 @@ def trial(configuration: Settings, wishes: Wishes, *, json: bool) -> None:
     """Run the experiment and show what it says."""
     some = people.read(wishes.data, only=names(wishes.only), without=names(wishes.without), limit=wishes.users)
     prior = plans.folder(wishes.prior) if wishes.prior else None
-    if wishes.plot and not wishes.plot.absolute().parent.is_dir():
-        raise RequestError(f"{wishes.plot.parent} is no folder to draw into.")
+    if wishes.plot:
+        _demand_place(wishes.plot)
     done: list[Result] = []
     try:
         base = asyncio.run(_run(configuration, some, prior, wishes.options, done))
-    except (KeyboardInterrupt, SystemExit, PersonaError):
+    except BaseException:  # whatever ended it: what took hours to measure is told
         if done:
             _report(done, wishes, {"ended_early": True}, json=json)
         raise
@@ -67,14 +67,36 @@ def trial(configuration: Settings, wishes: Wishes, *, json: bool) -> None:
 
 
 def _report(results: list[Result], wishes: Wishes, about: dict[str, Any], *, json: bool) -> None:
-    """Print and draw what was measured, of everybody or of those who were done when the experiment was stopped."""
+    """Print, then draw, what was measured, of everybody or of those who were done when the experiment was stopped."""
     said = {"users": [summary.as_dict(result) for result in results], "summary": summary.summary(results), **about}
-    if wishes.plot:
-        wishes.plot.write_text(chart.svg(said), encoding="utf-8")
     if json:
         emit(said)
     else:
         _show(results, said["summary"])
+    if wishes.plot:
+        _draw(wishes.plot, said)
+
+
+def _demand_place(plot: Path) -> None:
+    """Raises RequestError if nothing can be drawn there: after the experiment that would come too late."""
+    new = not plot.exists()
+    try:
+        plot.open("ab").close()
+        if new:
+            plot.unlink()
+    except OSError as error:
+        raise _no_place(plot, error) from None
+
+
+def _draw(plot: Path, said: dict[str, Any]) -> None:
+    try:
+        plot.write_text(chart.svg(said), encoding="utf-8")
+    except OSError as error:
+        raise _no_place(plot, error) from None
+
+
+def _no_place(plot: Path, error: OSError) -> RequestError:
+    return RequestError(f"{plot} cannot be drawn into: {error.strerror}. Name another file with --plot.")
 
 
 async def _run(

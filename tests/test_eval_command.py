@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,7 +15,9 @@ import pytest
 from models import Models
 from typer.testing import CliRunner, Result
 
+from jobs import trial
 from persona.cli import app
+from persona.errors import StorageFull
 
 SETTINGS = """
 [model]
@@ -115,7 +118,8 @@ MISTAKES = [
     (("--data", "all.jsonl", "--contexts", "best:256"), "best:256"),
     (("--data", "all.jsonl", "--contexts", "recent:many"), "recent:many"),
     (("--data", "all.jsonl", "--prior", "nowhere"), "The prior"),
-    (("--data", "all.jsonl", "--plot", "nowhere/gain.svg"), "nowhere"),
+    (("--data", "all.jsonl", "--plot", "nowhere/gain.svg"), "nowhere/gain.svg cannot be drawn into: No such file"),
+    (("--data", "all.jsonl", "--plot", "."), ". cannot be drawn into: Is a directory"),
     (("--data", "all.jsonl", "--rounds", "30"), "too short"),
 ]
 
@@ -138,6 +142,70 @@ def test_too_little_memory_is_told_before_anything_is_loaded(
     result = persona("eval", "--data", home / "all.jsonl")
     assert result.exit_code == 1
     assert "1 MiB are available" in " ".join(result.output.split())
+
+
+def measured(name: str) -> trial.Result:
+    """Somebody of whom the report needs nothing that was not measured."""
+    made = trial.Result(name, 1000, [10, 12], reference={"base": 2.0, "adapter": 2.0}, chosen="context_recent_256")
+    made.nats = {condition: [20.0, 30.0] for condition in ("base", "context", "adapter", "adapter_context")}
+    made.curve = [{"tokens": 1000, "base": 3.0, "context": 2.0, "adapter": 1.9, "adapter_context": 1.8}]
+    return made
+
+
+def ending(monkeypatch: pytest.MonkeyPatch, end: Callable[[], object]) -> None:
+    """Experiments measure ann and end so."""
+
+    async def run(*parts: object) -> str:
+        done = parts[-1]
+        assert isinstance(done, list)
+        done.append(measured("ann"))
+        end()
+        return "base-hash"
+
+    monkeypatch.setattr("persona.cli_trial._run", run)
+
+
+def test_a_picture_that_fails_costs_no_report(
+    persona: Command, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    ending(monkeypatch, folder.rmdir)
+    result = persona("eval", "--data", home / "all.jsonl", "--plot", folder / "gain.svg", "--json")
+    assert result.exit_code == 1
+    assert "gain.svg cannot be drawn into: No such file" in result.stderr
+    said = json.loads(result.stdout)
+    assert [user["user"] for user in said["users"]] == ["ann"]
+    assert said["ended_early"] is False
+
+
+@pytest.mark.parametrize("how", [OSError(5, "Input/output error"), AssertionError(), StorageFull("The disk is full.")])
+def test_an_experiment_that_fails_reports_whom_it_measured(
+    persona: Command, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Exception
+) -> None:
+    def end() -> None:
+        raise how
+
+    ending(monkeypatch, end)
+    plot = tmp_path / "gain.svg"
+    result = persona("eval", "--data", home / "all.jsonl", "--plot", plot, "--json")
+    assert result.exit_code == 1
+    said = json.loads(result.stdout)
+    assert [user["user"] for user in said["users"]] == ["ann"]
+    assert said["ended_early"] is True
+    ElementTree.fromstring(plot.read_text(encoding="utf-8"))
+
+
+def test_a_picture_of_before_stays_until_there_is_a_new_one(
+    persona: Command, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persona.app_private.available_memory", lambda: 1 << 20)
+    old, new = tmp_path / "old.svg", tmp_path / "new.svg"
+    old.write_text("before", encoding="utf-8")
+    for plot in (old, new):
+        assert persona("eval", "--data", home / "all.jsonl", "--plot", plot).exit_code == 1
+    assert old.read_text(encoding="utf-8") == "before"
+    assert not new.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
