@@ -1,6 +1,7 @@
 """What `persona prior train` does: several people's histories become one adapter."""
 
 import asyncio
+import secrets
 from pathlib import Path
 
 from rich.progress import Progress
@@ -19,7 +20,7 @@ from storage.users import Users
 async def train(
     configuration: Settings, some: list[people.Person], tokens: int, out: Path
 ) -> dict[str, str | int | float]:
-    """Write the prior into `out`. Returns what was learned from, and what it costs the assistant.
+    """Write the prior into `out`, and who made it. Returns what was learned from, and what it costs the assistant.
 
     drift: of the loss on the reference set · forgetting: of the base's own replies, nats per token · objection: why the
     gate of a service would refuse such a version, if it would.
@@ -40,6 +41,7 @@ async def train(
             async for step in priors.train(parts.engine, parts.rehearsal, examples, parts.settings, out):
                 bar.update(task, completed=step.step, total=step.steps)
                 seconds = step.seconds
+            priors.write_people(out, some, secrets.token_hex(8))
             bar.update(task, description="what it costs")
             made = plans.folder(out)
             await parts.engine.stage(made)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jobs import people, plans, summary
+from jobs import prior as priors
 from jobs.trial import CONTEXTS, Context, Options, Result, Trial
 from persona import chart
 from persona.app_private import Private, private
@@ -54,6 +56,8 @@ def trial(configuration: Settings, wishes: Wishes, *, json: bool) -> None:
     """Run the experiment and show what it says."""
     some = people.read(wishes.data, only=names(wishes.only), without=names(wishes.without), limit=wishes.users)
     prior = plans.folder(wishes.prior) if wishes.prior else None
+    if wishes.prior:
+        _demand_others(wishes.prior, some)
     if wishes.plot:
         _demand_place(wishes.plot)
     done: list[Result] = []
@@ -75,6 +79,22 @@ def _report(results: list[Result], wishes: Wishes, about: dict[str, Any], *, jso
         _show(results, said["summary"])
     if wishes.plot:
         _draw(wishes.plot, said)
+
+
+def _demand_others(prior: Path, some: list[people.Person]) -> None:
+    """Raises RequestError for people whom the prior was made by: it would know them already."""
+    made_by = priors.read_people(prior)
+    if made_by is None:
+        typer.echo(
+            f"{prior} does not say whom it learned from ({priors.MADE_BY} is missing):"
+            " its losses mean something only if it was none of these people.",
+            err=True,
+        )
+    elif known := made_by.among(some):
+        listed = plain(",".join(known))
+        raise RequestError(
+            f"The prior {prior} has learned from {listed}: leave them out (--without {listed}), or name another prior."
+        )
 
 
 def _demand_place(plot: Path) -> None:

@@ -103,6 +103,9 @@ def test_a_prior_is_trained_and_started_from(persona: Command, home: Path, tmp_p
     assert -0.5 < told["drift"] < 0.5  # type: ignore[operator]
     assert 0.0 < told["forgetting"] < 1.0  # type: ignore[operator]
     assert bool(told["objection"]) == (told["drift"] > 0.01 or told["forgetting"] > 0.1)  # type: ignore[operator]
+    known = persona("eval", "--data", home / "all.jsonl", "--prior", folder)
+    assert known.exit_code == 1
+    assert f"The prior {folder} has learned from eve: leave them out (--without eve)" in known.stderr
     said = persona.told(*EVAL, "--data", home / "all.jsonl", "--users", 2, "--prior", folder, "--json")
     assert "adapter_context_over_prior_context" in said["summary"]  # type: ignore[operator]
     again = persona("prior", "train", folder, "--data", home / "all.jsonl")
@@ -142,6 +145,22 @@ def test_too_little_memory_is_told_before_anything_is_loaded(
     result = persona("eval", "--data", home / "all.jsonl")
     assert result.exit_code == 1
     assert "1 MiB are available" in " ".join(result.output.split())
+
+
+def test_a_prior_that_does_not_say_whom_it_knows_is_taken_with_a_warning(
+    persona: Command, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter.safetensors").write_bytes(b"an adapter")
+    ending(monkeypatch, lambda: None)
+    words = ("eval", "--data", home / "all.jsonl", "--prior", tmp_path, "--json")
+    unknown = persona(*words)
+    assert unknown.exit_code == 0
+    assert "people.json is missing" in unknown.stderr
+    assert json.loads(unknown.stdout)["users"]
+    (tmp_path / "people.json").write_bytes(b"{}")
+    damaged = persona(*words)
+    assert damaged.exit_code == 1
+    assert "people.json cannot be read" in damaged.stderr
 
 
 def measured(name: str) -> trial.Result:

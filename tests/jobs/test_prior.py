@@ -1,17 +1,20 @@
 """The prior: where a first version starts, and nobody's second."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from histories import TEXT, imported, own
+from histories import DAWN, TEXT, imported, own
 from world import Tell, World
 
 from jobs import prior
-from persona.domain import EntryId, Run, RunState, User
+from jobs.people import Person
+from persona.domain import EntryId, Role, Run, RunState, User
 from persona.engine.protocol import ScoreRequest
 from persona.errors import ConfigurationError, RequestError
 from persona.settings import Settings
+from storage.history import ImportItem
 
 COMMON = b"what they have in common"
 
@@ -166,3 +169,43 @@ def test_each_history_has_an_equal_share_and_only_own_words_are_targets() -> Non
 def test_histories_without_words_are_no_prior() -> None:
     with pytest.raises(RequestError, match="None of these histories"):
         prior.examples([[], []], tokenizer=TEXT, settings=Settings(), tokens=6000)
+
+
+def wrote(name: str, *texts: str, role: Role = Role.USER) -> Person:
+    return Person(name, tuple(ImportItem(text, DAWN, role=role) for text in texts))
+
+
+def told(*names: str, of: str) -> list[str]:
+    return [f"{name} tells of {of} what nobody else has told" for name in names]
+
+
+def test_who_made_a_prior_is_known_by_name_and_by_what_they_wrote(tmp_path: Path) -> None:
+    eve = wrote("eve", "yes", *told("I", "She", "He", "It", of="the sea"))
+    prior.write_people(tmp_path, [eve, wrote("zoe", "a few words of hers")], "salt")
+    made_by = prior.read_people(tmp_path)
+    assert made_by is not None
+    renamed = wrote("dora", *(f" {item.text.replace(' ', '  ')}\n" for item in eve.items[:2]), *told("We", of="a hill"))
+    grown = wrote("eve", *told("I", of="another year"))
+    other = wrote("ann", "yes", *told("I", "She", of="the shore"))
+    quoting = wrote("bob", *told("I", of="the sea"), *told(*map(str, range(19)), of="the lake"))
+    answered = wrote("kim", *told("I", of="the sea"), role=Role.ASSISTANT)
+    assert made_by.among([renamed, grown, other, quoting, answered]) == ["dora", "eve"]
+
+
+def test_nobody_is_named_or_quoted_beside_a_prior_and_the_salt_makes_it_another(tmp_path: Path) -> None:
+    contents = []
+    for salt in ("one", "two"):
+        prior.write_people(tmp_path, [wrote("eve", *told("I", of="the sea"))], salt)
+        contents.append((tmp_path / prior.MADE_BY).read_bytes())
+        assert b"eve" not in contents[-1]
+        assert b"sea" not in contents[-1]
+    first, second = (json.loads(content) for content in contents)
+    assert not set(first["names"] + first["messages"]) & set(second["names"] + second["messages"])
+
+
+def test_a_prior_may_not_say_by_whom_it_was_made_but_not_say_it_wrongly(tmp_path: Path) -> None:
+    assert prior.read_people(tmp_path) is None
+    for content in (b"", b"[]", b'{"salt": "s", "names": [1], "messages": []}', b"\xff"):
+        (tmp_path / prior.MADE_BY).write_bytes(content)
+        with pytest.raises(ConfigurationError, match=r"people\.json cannot be read"):
+            prior.read_people(tmp_path)
