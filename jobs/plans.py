@@ -14,7 +14,9 @@ NOBODY = 0  # user id of a prior
 SHORT = 32  # own words of a message; the settings' rates are for messages of at most so many
 
 
-def plan(learning: Learning, passes: int, start: AdapterRef | None = None, own: Sequence[Example] = ()) -> Plan:
+def plan(
+    learning: Learning, passes: int, start: AdapterRef | None = None, own: Sequence[Example] = (), *, seed: int = 0
+) -> Plan:
     """How the settings want a run of so many passes over `own` from `start`, or from nothing."""
     from_prior = start is not None and start.user_id == NOBODY
     rate = learning.prior_rate if from_prior else learning.learning_rate
@@ -22,6 +24,7 @@ def plan(learning: Learning, passes: int, start: AdapterRef | None = None, own: 
         rank=learning.rank,
         alpha=learning.alpha,
         layers=learning.layers,
+        seed=seed,
         passes=passes,
         batch_tokens=learning.batch_tokens,
         least_steps=learning.least_steps,

@@ -61,7 +61,8 @@ class Options:
     """What to measure.
 
     tokens: own tokens of each history that are used, the newest; None: all · rounds: how often each person learns ·
-    probes: messages a person for the two recognition tests, 0: leave them out · questions: with known answers.
+    probes: messages a person for the two recognition tests, 0: leave them out · questions: with known answers ·
+    seed: of each training; how far results differ over several of them is chance.
     """
 
     tokens: int | None = None
@@ -69,6 +70,7 @@ class Options:
     contexts: tuple[Context, ...] = CONTEXTS
     probes: int = 10
     questions: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.contexts or self.contexts[0].tokens != min(context.tokens for context in self.contexts):
@@ -145,7 +147,7 @@ class Trial:
         for place, pupil in enumerate(pupils):
             other = (place + 1) % len(pupils)
             while len(stages) <= max(place, other):
-                stages.append(await self._learn(pupils[len(stages)], lessons[len(stages)]))
+                stages.append(await self._learn(pupils[len(stages)], lessons[len(stages)], options.seed))
             self._notify(f"measuring {pupil.name}", place, len(pupils))
             wrong = stages[other][-1].adapter if other != place else None
             results.append(await self._measure(pupil, stages[place], wrong, options))
@@ -207,7 +209,7 @@ class Trial:
                 " raise it, or measure with shorter contexts (--contexts)."
             )
 
-    async def _learn(self, pupil: "_Pupil", lessons: Sequence["_Lesson"]) -> list[Stage]:
+    async def _learn(self, pupil: "_Pupil", lessons: Sequence["_Lesson"], seed: int) -> list[Stage]:
         """Each round from the version of the round before, the first from the prior."""
         stages: list[Stage] = []
         for number, lesson in enumerate(lessons, 1):
@@ -217,7 +219,7 @@ class Trial:
             out = self._folder / f"{pupil.user_id}-{lesson.entries}"
             out.mkdir(parents=True)
             own = [sample.example for sample in data.examples]
-            wanted = plan(self._settings.learning, data.passes, start, own)
+            wanted = plan(self._settings.learning, data.passes, start, own, seed=seed)
             rehearsed = await self._rehearsal.examples(own, data.watermark)
             last = await self._train(TrainRequest([*own, *rehearsed], wanted, str(out), start), doing)
             made = out / adapter_file.FILE

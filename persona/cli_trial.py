@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def trial(configuration: Settings, wishes: Wishes, *, json: bool) -> None:
 def _report(results: list[Result], wishes: Wishes, about: dict[str, Any], *, json: bool) -> None:
     """Print, then draw, what was measured, of everybody or of those who were done when the experiment was stopped."""
     said = {"users": [summary.as_dict(result) for result in results], "summary": summary.summary(results), **about}
+    said["options"] = asdict(wishes.options)
     if json:
         emit(said)
     else:

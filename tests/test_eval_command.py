@@ -73,7 +73,9 @@ EVAL = ("eval", "--contexts", "recent:256,found:256", "--rounds", 1, "--probes",
 
 def test_an_experiment_is_told_drawn_and_leaves_nothing_behind(persona: Command, home: Path, tmp_path: Path) -> None:
     plot = tmp_path / "gain.svg"
-    said = persona.told(*EVAL, "--data", home / "all.jsonl", "--users", 2, "--questions", 2, "--plot", plot, "--json")
+    said = persona.told(
+        *EVAL, "--data", home / "all.jsonl", "--users", 2, "--questions", 2, "--plot", plot, "--seed", 5, "--json"
+    )
     users, summary = said["users"], said["summary"]
     assert [user["user"] for user in users] == ["ann", "bob"]  # type: ignore[attr-defined]
     for user in users:  # type: ignore[attr-defined]
@@ -83,6 +85,9 @@ def test_an_experiment_is_told_drawn_and_leaves_nothing_behind(persona: Command,
         assert user["seconds"] > 0
     assert summary["adapter_over_wrong_user"]["better"] == 1.0  # type: ignore[index]
     assert summary["adapter_context_over_context"]["people"] == 2  # type: ignore[index]
+    contexts = [{"kind": "recent", "tokens": 256}, {"kind": "found", "tokens": 256}]
+    asked = {"tokens": None, "rounds": 1, "contexts": contexts, "probes": 3, "questions": 2, "seed": 5}
+    assert said["options"] == asked
     ElementTree.fromstring(plot.read_text(encoding="utf-8"))
 
 

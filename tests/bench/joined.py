@@ -2,18 +2,38 @@
 
     .venv/bin/python tests/bench/joined.py FIRST.json SECOND.json …
 
-Prints a line of a Markdown table for each person, then each comparison with its interval over people and messages.
+A person may stand in several files, each of another `--seed`: their figures are averaged first, message by message, so
+that they count once. Prints a line of a Markdown table for each person, how many seeds there were, then each comparison
+with its interval over people and messages.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jobs import summary
 from jobs.trial import Result
 
 SHOWN = ("base", "context", "prior", "prior_context", "adapter", "adapter_context", "wrong_user")
+Runs = dict[str, dict[int, Result]]  # of each person, by seed
+
+
+def read(names: Sequence[str]) -> Runs:
+    """What the files tell. Raises SystemExit for what would count twice. Files of before there was a seed have 0."""
+    found: Runs = {}
+    for name in names:
+        file = json.loads(Path(name).read_text(encoding="utf-8"))
+        seed = file.get("options", {}).get("seed", 0)
+        for told in file["users"]:
+            runs = found.setdefault(told["user"], {})
+            if seed in runs:
+                sys.exit(f"{name} has {told['user']} with seed {seed}, as a file before it: leave one of them out.")
+            runs[seed] = result(told)
+    return found
 
 
 def result(told: dict[str, Any]) -> Result:
@@ -23,6 +43,34 @@ def result(told: dict[str, Any]) -> Result:
     made.recognised, made.answered = told["recognised"], told["answered"]
     made.bytes, made.seconds = told["bytes"], told["seconds"]
     return made
+
+
+def averaged(runs: Sequence[Result]) -> Result:
+    """One person under several seeds: the mean of what all of them tell. Raises SystemExit for different messages."""
+    first = runs[0]
+    if any((run.lengths, run.own_tokens) != (first.lengths, first.own_tokens) for run in runs):
+        sys.exit(f"{first.name} learned or was tested on other messages in another file: join like with like.")
+    made = Result(first.name, first.own_tokens, first.lengths)
+    for condition in first.nats:
+        if all(condition in run.nats for run in runs):
+            made.nats[condition] = np.mean([run.nats[condition] for run in runs], axis=0).tolist()
+    for part in ("reference", "replies", "recognised", "answered"):
+        told = [getattr(run, part) for run in runs]
+        names = [name for name in told[0] if all(name in one for one in told)]
+        setattr(made, part, {name: float(np.mean([one[name] for one in told])) for name in names})
+    made.bytes, made.seconds = round(np.mean([r.bytes for r in runs])), float(np.mean([r.seconds for r in runs]))
+    return made
+
+
+def seeds(found: Runs) -> list[str]:
+    """Over which seeds people were averaged."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, runs in found.items():
+        groups.setdefault(tuple(sorted(runs)), []).append(name)
+    return [
+        f"{len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'} ({', '.join(map(str, seeds))}) of {', '.join(names)}"
+        for seeds, names in groups.items()
+    ]
 
 
 def row(one: Result) -> str:
@@ -37,9 +85,9 @@ def row(one: Result) -> str:
 
 
 def main() -> None:
-    files = [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]]
-    people = [result(told) for file in files for told in file["users"]]
-    out = [*map(row, people), ""]
+    found = read(sys.argv[1:])
+    people = [averaged(list(runs.values())) for runs in found.values()]
+    out = [*map(row, people), "", *seeds(found)]
     for name, one in summary.summary(people).items():
         if isinstance(one, dict) and "gain" in one:
             better = f"better for {one['better'] * one['people']:.0f} of {one['people']}"

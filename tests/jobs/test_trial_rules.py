@@ -88,3 +88,8 @@ async def test_each_step_of_each_round_is_told_while_somebody_learns(world: Worl
     learning = [(what, done, total) for what, done, total in told if "learns" in what]
     steps = [(0, 1), (1, 3), (2, 3), (3, 3), (3, 3)]
     assert learning == [(f"ann learns, round {number} of 2", *step) for number in (1, 2) for step in steps]
+
+
+async def test_the_seed_is_that_of_every_training(world: World) -> None:
+    await trial(world).run([person("ann", said(60))], Options(rounds=2, contexts=RECENT, probes=0, seed=3))
+    assert [request.plan.seed for request in world.engine.trained] == [3, 3]
