@@ -37,6 +37,7 @@ from storage.users import Users
 CANDIDATES = 10  # messages of which one is the next
 WINDOW = 400  # entries before a message that a quotation may reach back to
 FOUND = 64  # entries looked at for a quotation by search
+CURVE = ("base", "context", "prior", "wrong_user", "adapter", "adapter_context")  # measured after each round
 
 Notify = Callable[[str, int, int], None]  # what is done, so many parts, of so many
 
@@ -149,7 +150,7 @@ class Trial:
             while len(stages) <= max(place, other):
                 stages.append(await self._learn(pupils[len(stages)], lessons[len(stages)], options.seed))
             self._notify(f"measuring {pupil.name}", place, len(pupils))
-            wrong = stages[other][-1].adapter if other != place else None
+            wrong = stages[other] if other != place else None
             results.append(await self._measure(pupil, stages[place], wrong, options))
             told(results[-1])
         if options.probes:
@@ -241,8 +242,9 @@ class Trial:
     # --- measuring
 
     async def _measure(
-        self, pupil: "_Pupil", stages: list[Stage], wrong: AdapterRef | None, options: Options
+        self, pupil: "_Pupil", stages: list[Stage], wrong: list[Stage] | None, options: Options
     ) -> Result:
+        """wrong: the rounds of another person."""
         last, short = stages[-1], options.contexts[0].tokens
         result = Result(pupil.name, last.own_tokens, bytes=last.bytes, seconds=sum(s.seconds for s in stages))
         measure = _Measure(self, pupil, last.held_out, result)
@@ -252,30 +254,32 @@ class Trial:
         shortest = [context for context in options.contexts if context.tokens == short]
         chosen = min(shortest, key=lambda context: result.loss(context.name))
         result.chosen, result.nats["context"] = chosen.name, result.nats[chosen.name]
-        sides = {"adapter": last.adapter, "prior": self._prior, "wrong_user": wrong}
+        sides = {"adapter": last.adapter, "prior": self._prior, "wrong_user": wrong[-1].adapter if wrong else None}
         sides["stale"] = stages[-2].adapter if len(stages) > 1 else None
         for name, adapter in sides.items():
             if adapter is not None:
                 await measure(name, adapter)
                 await measure(f"{name}_context", adapter, chosen)
-        for stage in stages[:-1]:
-            result.curve.append(await self._point(pupil, stage, chosen))
-        last_point = {name: result.loss(name) for name in ("base", "context", "adapter", "adapter_context")}
-        result.curve.append({"tokens": last.own_tokens, **last_point})
+        for number, stage in enumerate(stages[:-1]):
+            other = wrong[number].adapter if wrong else None
+            result.curve.append(_point(await self._then(pupil, stage, other, chosen)))
+        result.curve.append(_point(result))
         for name, adapter in (("base", None), ("adapter", last.adapter)):
             result.reference[name] = await self._reference(adapter)
             result.replies[name] = await self._replies(adapter)
         return result
 
-    async def _point(self, pupil: "_Pupil", stage: Stage, context: Context) -> dict[str, float]:
-        """The curve after an earlier round, on the messages that came next then."""
+    async def _then(self, pupil: "_Pupil", stage: Stage, wrong: AdapterRef | None, context: Context) -> Result:
+        """What the curve shows of an earlier round, on the messages that came next then."""
         then = Result(pupil.name, stage.own_tokens)
         measure = _Measure(self, pupil, stage.held_out, then)
         await measure("base", None)
         await measure("context", None, context)
-        await measure("adapter", stage.adapter)
+        for name, adapter in (("prior", self._prior), ("wrong_user", wrong), ("adapter", stage.adapter)):
+            if adapter is not None:
+                await measure(name, adapter)
         await measure("adapter_context", stage.adapter, context)
-        return {"tokens": stage.own_tokens, **{name: then.loss(name) for name in then.nats}}
+        return then
 
     async def scored(self, framed: Sequence[frames.Framed], adapter: AdapterRef | None) -> list[list[float]]:
         """Log-probabilities of the targets of each."""
@@ -356,6 +360,11 @@ class Trial:
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer.encode(text))
+
+
+def _point(result: Result) -> dict[str, float]:
+    """Of the curve: losses by the own tokens learned from."""
+    return {"tokens": result.own_tokens, **{name: result.loss(name) for name in CURVE if name in result.nats}}
 
 
 def _per_token(logprobs: Sequence[Sequence[float]]) -> float:

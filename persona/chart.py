@@ -5,7 +5,16 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT, MARGIN, GAP = 960, 400, 56, 96
-COLOURS = {"base": "#8a8f98", "context": "#2b6cb0", "adapter": "#dd6b20", "adapter_context": "#2f855a"}
+COLOURS = {
+    "base": "#8a8f98",
+    "context": "#2b6cb0",
+    "prior": "#805ad5",
+    "wrong_user": "#c53030",
+    "adapter": "#dd6b20",
+    "adapter_context": "#2f855a",
+}
+NAMES = {"wrong_user": "another's adapter", "adapter_context": "adapter + context"}
+CAPTION = "Each point stands on other held-out messages: those that came next then."
 _PANEL = (WIDTH - 2 * MARGIN - GAP) / 2
 
 
@@ -23,16 +32,19 @@ def _curves(people: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Mean over people of the loss after each round, by own tokens learned from."""
     points = [_means([person["curve"][i] for person in people]) for i in range(len(people[0]["curve"]))]
     xs = [point["tokens"] for point in points]
-    ys = [point[name] for point in points for name in COLOURS]
+    shown = {name: colour for name, colour in COLOURS.items() if all(name in point for point in points)}
+    ys = [point[name] for point in points for name in shown]
     x_end, low, high = max(xs) * 1.05, min(ys) - 0.1, max(ys) + 0.1
     yield _text(MARGIN, 24, "Loss per own token, by own tokens learned from", bold=True)
     yield from _axes(MARGIN, [0, x_end / 2, x_end], [low, (low + high) / 2, high], "{:.0f}", "{:.2f}")
-    for row, (name, colour) in enumerate(COLOURS.items()):
+    yield _text(MARGIN, HEIGHT - 16, CAPTION)
+    for place, (name, colour) in enumerate(shown.items()):
         line = [(_x(MARGIN, p["tokens"], 0, x_end), _y(p[name], low, high)) for p in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
         yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in line)
-        yield _text(MARGIN + 8 + 110 * row, 42, name.replace("_", " + "), colour=colour)
+        column, row = place % 3, place // 3
+        yield _text(MARGIN + 8 + 125 * column, 40 + 14 * row, NAMES.get(name, name), colour=colour)
 
 
 def _gains(people: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -83,4 +95,6 @@ def _y(value: float, low: float, high: float) -> float:
 
 
 def _means(points: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(point[name] for point in points) / len(points) for name in points[0]}
+    """Of what is told of everybody."""
+    common = [name for name in points[0] if all(name in point for point in points)]
+    return {name: sum(point[name] for point in points) / len(points) for name in common}

@@ -7,11 +7,9 @@ import pytest
 from persona import chart
 
 
-def said(names: list[str], rounds: int = 3) -> dict[str, object]:
-    curve = [
-        {"tokens": 500.0 * (i + 1), "base": 4.0, "context": 3.5, "adapter": 3.4 - i / 10, "adapter_context": 3.1}
-        for i in range(rounds)
-    ]
+def said(names: list[str], rounds: int = 3, **more: float) -> dict[str, object]:
+    point = {"base": 4.0, "context": 3.5, "adapter_context": 3.1, **more}
+    curve = [{"tokens": 500.0 * (i + 1), "adapter": 3.4 - i / 10, **point} for i in range(rounds)]
     return {"users": [{"user": name, "gain": 0.1, "gain_interval": [0.05, 0.15], "curve": curve} for name in names]}
 
 
@@ -24,8 +22,25 @@ def test_it_is_svg_with_a_line_for_each_condition_and_a_bar_for_each_person(roun
     assert '<b>&"' in [element.text for element in picture.iter()]
 
 
-def test_nothing_is_drawn_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    people = said(["ann", "bob"])
+def texts(people: dict[str, object]) -> list[str | None]:
+    return [element.text for element in ElementTree.fromstring(chart.svg(people)).iter()]
+
+
+def test_prior_and_another_persons_adapter_have_lines_where_everybody_was_measured_under_them() -> None:
+    with_both = said(["ann", "bob"], prior=3.45, wrong_user=5.5)
+    assert chart.svg(with_both).count("<polyline") == 6
+    assert {"base", "context", "prior", "another's adapter", "adapter", "adapter + context"} <= set(texts(with_both))
+    with_both["users"][1]["curve"] = said(["bob"], prior=3.45)["users"][0]["curve"]  # type: ignore[index]
+    assert chart.svg(with_both).count("<polyline") == 5
+    assert "another's adapter" not in texts(with_both)
+
+
+def test_it_says_that_points_stand_on_different_messages() -> None:
+    assert any("other held-out messages" in str(text) for text in texts(said(["ann"])))
+
+
+def test_nothing_is_drawn_outside() -> None:
+    people = said(["ann", "bob"], prior=3.45, wrong_user=5.5)
     people["users"][1].update(gain=-0.2, gain_interval=[-0.4, 0.01])  # type: ignore[index]
     for element in ElementTree.fromstring(chart.svg(people)).iter():
         for name, limit in (("x", chart.WIDTH), ("y", chart.HEIGHT), ("cx", chart.WIDTH), ("cy", chart.HEIGHT)):

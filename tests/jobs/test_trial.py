@@ -7,7 +7,7 @@ import people as files
 import pytest
 from models import Models
 
-from jobs import people, plans, prior
+from jobs import people, plans, prior, summary
 from jobs.trial import Context, Options, Trial
 from persona.app_private import Private, private
 from persona.domain import EntryId
@@ -67,9 +67,18 @@ async def test_everybody_is_better_served_by_their_own_adapter(parts: Private, t
         assert len(result.curve) == 2
         assert 0 < result.bytes < 1_000_000
         assert set(result.reference) == {"base", "adapter"}
+        recognised = {"next_of_10_base", "next_of_10_adapter", "author", "author_together"}
+        assert set(result.recognised) == recognised
+        assert all(0 <= result.recognised[name] <= 1 for name in recognised)
+        assert result.recognised["next_of_10_adapter"] == 1.0  # nobody else writes with these words
         assert result.recognised["author_together"] == 1.0
-    assert set(results[0].nats) >= {"stale", "stale_context", "wrong_user_context", "adapter_context", "base"}
-    assert "prior" not in results[0].nats
+        sides = {f"{side}{quoting}" for side in ("adapter", "stale", "wrong_user") for quoting in ("", "_context")}
+        assert set(result.nats) == {"base", "context", *sides, *(context.name for context in CONTEXTS)}
+        assert result.nats["stale"] != result.nats["adapter"]
+    said = summary.summary(results)
+    assert set(said["recognised"]) == recognised
+    assert said["adapter_context_over_stale_context"]["people"] == 3
+    assert said["adapter_context_over_wrong_user_context"]["better"] == 1.0
     assert "bob learns, round 2 of 2" in told
 
 

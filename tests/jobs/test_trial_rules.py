@@ -2,11 +2,13 @@
 
 import re
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from histories import DAWN, TEXT
 from world import World
 
+from jobs import plans
 from jobs.people import Person
 from jobs.rehearsal import Rehearsal
 from jobs.trial import Context, Options, Trial
@@ -93,3 +95,20 @@ async def test_each_step_of_each_round_is_told_while_somebody_learns(world: Worl
 async def test_the_seed_is_that_of_every_training(world: World) -> None:
     await trial(world).run([person("ann", said(60))], Options(rounds=2, contexts=RECENT, probes=0, seed=3))
     assert [request.plan.seed for request in world.engine.trained] == [3, 3]
+
+
+async def test_the_curve_has_prior_and_another_persons_adapter_of_the_same_round(world: World, tmp_path: Path) -> None:
+    prior = tmp_path / "prior"
+    prior.mkdir()
+    (prior / "adapter.safetensors").write_bytes(b"what they have in common")
+    world.engine.predicts = lambda request: (
+        [-float(request.adapter.number if request.adapter else 9)] * len(request.targets)
+    )
+    results = await trial(world, prior=plans.folder(prior)).run(
+        [person("ann", said(60)), person("bob", said(80, "dog"))], Options(rounds=2, contexts=RECENT, probes=0)
+    )
+    found = [[(point["adapter"], point["wrong_user"], point["prior"]) for point in one.curve] for one in results]
+    assert found == [[(30, 40, 0), (60, 80, 0)], [(40, 30, 0), (80, 60, 0)]]
+    await begin_anew(world, 4096)
+    alone = await trial(world).run([person("eve", said(60))], Options(rounds=1, contexts=RECENT, probes=0))
+    assert set(alone[0].curve[0]) == {"tokens", "base", "context", "adapter", "adapter_context"}
