@@ -36,7 +36,8 @@ from storage.users import Users
 
 CANDIDATES = 10  # messages of which one is the next
 WINDOW = 400  # entries before a message that a quotation may reach back to
-FOUND = 64  # entries looked at for a quotation by search
+FOUND = 64  # entries looked at for a quotation by search, at least
+ENTRY = 8  # tokens of the shortest entry as it is quoted, with its day
 CURVE = ("base", "context", "prior", "wrong_user", "adapter", "adapter_context")  # measured after each round
 
 Notify = Callable[[str, int, int], None]  # what is done, so many parts, of so many
@@ -293,9 +294,9 @@ class Trial:
             lately = [e for e in pupil.before(message) if e.id not in message.conversation][-WINDOW:]
             return prompt.quote_recent(dataset.redacted(lately), self._tokenizer, context.tokens).text
         said = "\n".join(line.text for line in message.lines) or pupil.before(message)[-1].text
-        found = await self._history.search(
-            pupil.user_id, said, limit=FOUND, before=message.entry_id, exclude=message.conversation | pupil.unused
-        )
+        left = message.conversation | pupil.unused
+        most = max(FOUND, context.tokens // ENTRY)
+        found = await self._history.search(pupil.user_id, said, limit=most, before=message.entry_id, exclude=left)
         return prompt.quote_found(dataset.redacted(found), self._tokenizer, context.tokens).text
 
     def draft(self, message: HeldOut, quoted: str, text: str | None = None) -> frames.Framed:

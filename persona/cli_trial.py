@@ -100,8 +100,8 @@ def _demand_others(prior: Path, some: list[people.Person]) -> None:
 
 def _demand_place(plot: Path) -> None:
     """Raises RequestError if nothing can be drawn there: after the experiment that would come too late."""
-    new = not plot.exists()
     try:
+        new = not plot.exists()
         plot.open("ab").close()
         if new:
             plot.unlink()

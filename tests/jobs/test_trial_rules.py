@@ -83,6 +83,15 @@ async def test_search_looks_among_what_the_trial_uses_and_nowhere_else(world: Wo
         assert all("later" in line for line in lines)
 
 
+async def test_a_long_quotation_of_what_search_finds_is_full(world: World) -> None:
+    await begin_anew(world, 8192)
+    options = Options(rounds=1, contexts=(Context("found", 6000),), probes=0)
+    (result,) = await trial(world).run([person("ann", said(200))], options)
+    prompts = [TEXT.decode(request.tokens) for request in world.engine.scored[: 2 * len(result.lengths)]]
+    line = len('2026-03-01\nuser: "the fox is north of south by under"\n')
+    assert max(text.count('user: "') for text in prompts) > 0.9 * 6000 / line
+
+
 async def test_each_step_of_each_round_is_told_while_somebody_learns(world: World) -> None:
     told: list[tuple[str, int, int]] = []
     made = trial(world, notify=lambda *what: told.append(what))
