@@ -267,9 +267,13 @@ class LocalEngine:
 
     def _options(self) -> str:
         engine = self._settings.engine
-        about = {"folder": str(self._prepared.folder), "name": self._prepared.name, "base": self._prepared.base}
+        about: dict[str, Any] = {
+            "folder": str(self._prepared.folder),
+            "name": self._prepared.name,
+            "base": self._prepared.base,
+        }
         about |= {"weights": self._prepared.weights, "device": device.choose(self._settings.model).device}
-        about |= {"kernels": str(self._settings.cache / "kernels")}
+        about |= {"kernels": str(self._settings.cache / "kernels"), "log": self._settings.log.model_dump()}
         numbers = engine.model_dump(exclude={"hang_seconds", "start_seconds"})
         return json.dumps({**about, **numbers})
 

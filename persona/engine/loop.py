@@ -414,7 +414,7 @@ class EngineLoop:
         try:
             self._compute(plan, sequences)
         except Exception as error:  # out of memory, mostly: these end, the engine goes on
-            if fatal(error):
+            if fatal(error) or isinstance(error, ConnectionError):  # the service is gone
                 raise
             log.error("step failed", rows=len(sequences), kind=type(error).__name__)
             for job in {s.id for s in sequences} & self._jobs.keys():

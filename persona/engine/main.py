@@ -11,12 +11,14 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 
 from jobs import leaner
 from jobs.trainer import Trainer
+from persona import logs
 from persona.engine import adapter_file, branches, decoder, lora, protocol, weights
 from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
@@ -38,6 +40,7 @@ from persona.engine.scheduler import Scheduler
 from persona.engine.text import Text
 from persona.engine.tiers import Submit, Tiers
 from persona.engine.wires import Inbox, Loader, Outbox
+from persona.settings import Log
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -59,6 +62,7 @@ class Options(msgspec.Struct, frozen=True):
     threads: int
     native: bool
     kernels: str
+    log: dict[str, Any]  # settings.Log
 
 
 def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
@@ -173,6 +177,7 @@ def main() -> None:
         signal.signal(name, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     options = msgspec.convert(json.loads(sys.argv[2]), Options)
+    logs.configure(Log.model_validate(options.log), sys.stderr)  # stdout may be a report of whoever started this
     loader = Loader()
     loop = build(options, Outbox(connection), loader)
     serve(loop, Inbox(connection, loader.bell, loop.expect))
