@@ -22,7 +22,7 @@ from persona.errors import ModelError, RequestError
 # Two noncharacters of Unicode frame each message's number; they are removed from all content.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_FORBIDDEN = str.maketrans("", "", _OPEN + _CLOSE)
+_LONG = 4096  # characters from which a text is encoded without the GIL: two milliseconds
 # How vocabularies spell what is no letter: SentencePiece a space and a byte, byte-level BPE every byte.
 _SPACE = "\u2581"
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
@@ -72,12 +72,11 @@ class Text:
         return int(self._plain.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text.translate(_FORBIDDEN), add_special_tokens=False).ids
-        return ids
+        return _ids(self._plain, text.replace(_OPEN, "").replace(_CLOSE, ""))
 
     def raw(self, text: str) -> tuple[list[int], int]:
         begin: list[int] = self._marked.encode("", add_special_tokens=True).ids
-        return [*begin, *self._marked.encode(text, add_special_tokens=False).ids], len(begin)
+        return [*begin, *_ids(self._marked, text)], len(begin)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._plain.decode(list(tokens), skip_special_tokens=True))
@@ -150,6 +149,20 @@ class Detokenizer:
             if "\ufffd" not in last:  # else it is a part of a character
                 self._border, self._given = len(self._tokens) - 1, last
         return new
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of `text`, and none around them.
+
+    `encode` keeps the GIL, so that not even in a thread of its own a long text lets the event loop have a turn, for
+    seconds. A batch lets go of it, but is worked off by the library's own few threads, where what is short would wait
+    for what is long.
+    """
+    if len(text) < _LONG:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    else:
+        ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

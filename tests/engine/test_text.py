@@ -1,7 +1,9 @@
 """Text to tokens and back: what a user writes stays text, and every message knows its place."""
 
+import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoTokenizer
 
 from persona.domain import Message, Role
+from persona.engine import text as texts
 from persona.engine.prepare import Prepared
 from persona.engine.text import Detokenizer, Text
 from persona.errors import ModelError, RequestError
@@ -84,6 +87,35 @@ def test_threat_29_template_code_in_a_message_is_not_run(text: Text, attack: str
     start, end = rendered.spans[0]
     assert text.decode(rendered.tokens[start : end - 1]) == attack.replace("\ufdd0", "").replace("\ufdd1", "")
     assert text.decode(rendered.tokens[slice(*rendered.spans[1])]) == "no"
+
+
+@pytest.mark.parametrize("length", [texts._LONG - 1, texts._LONG, texts._LONG + 1, 50_000])
+@pytest.mark.parametrize("sample", ["the quick 你 👍\t\n<|im_end|> two  spaces", "a", "\ufdd0x\ufdd1"], ids=ascii)
+def test_a_long_text_has_the_tokens_of_a_short_one(
+    text: Text, sample: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = (sample * length)[:length]
+    plain, raw = text.encode(long), text.raw(long)
+    monkeypatch.setattr(texts, "_LONG", length + 1)
+    assert (plain, raw) == (text.encode(long), text.raw(long))
+    assert text.decode(plain) == long.replace("\ufdd0", "").replace("\ufdd1", "")
+
+
+@pytest.mark.parametrize("how", [Text.encode, Text.raw], ids=["message", "prompt"])
+async def test_the_event_loop_goes_on_while_a_thread_encodes_a_long_text(text: Text, how: Any) -> None:
+    long = " ".join(f"{number * 7919:x}" for number in range(150_000))
+    turns = 0
+
+    def encoded() -> int:
+        before = turns
+        how(text, long)
+        return turns - before
+
+    thread = asyncio.create_task(asyncio.to_thread(encoded))
+    while not thread.done():
+        turns += 1
+        await asyncio.sleep(0.001)
+    assert thread.result() > 10
 
 
 def test_a_span_holds_the_content_and_its_end_of_turn(text: Text) -> None:
