@@ -6,12 +6,9 @@ persistent session. So a crash anywhere, here or at the broker, loses nothing th
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import structlog
@@ -22,6 +19,7 @@ from persona.ingest import connection as links
 from persona.ingest import discovery
 from persona.ingest.connection import Connection, Lost, Packet
 from persona.ingest.presence import LOOK_SECONDS, Presence
+from persona.ingest.session import Session
 from persona.ingest.talk import Talk
 from persona.ingest.topics import ChatTopic, EventTopic, HouseTopic, StateTopic, Topic, Topics, TrainTopic
 from persona.settings import Settings
@@ -68,6 +66,10 @@ class Mqtt:
         """Begin to connect; a broker that is away is waited for. Raises ConfigurationError."""
         links.check(self._settings.mqtt)
         session = await asyncio.to_thread(Session.load, self._settings.mqtt_client, self._topics.prefix)
+        if session.damaged:
+            self.counts["sessions_lost"] += 1
+            why = "the name of our session is lost; what the broker holds under it stays there (see docs/DEPLOY.md)"
+            log.error(why, file=str(session.file))
         self._task = asyncio.create_task(self._keep(session), name="mqtt")
 
     async def stop(self) -> None:
@@ -97,7 +99,7 @@ class Mqtt:
 
     # --- connections
 
-    async def _keep(self, session: "Session") -> None:
+    async def _keep(self, session: Session) -> None:
         wait = FIRST_WAIT
         while not self._stopping.is_set():
             started = time.monotonic()
@@ -117,10 +119,11 @@ class Mqtt:
                 await asyncio.wait_for(self._stopping.wait(), pause)
             wait = min(2 * wait, LONGEST_WAIT)
 
-    async def _live(self, session: "Session") -> None:
+    async def _live(self, session: Session) -> None:
         """One connection, from its beginning to its end."""
         mqtt = self._settings.mqtt
         will = (self._topics.status, discovery.OFFLINE)
+        await _written(session.keep)
         async with links.connected(mqtt, session.identifier, self._password, will) as connection:
             await self._greet(connection, session)
             beside = [asyncio.create_task(work(connection)) for work in (self._presence.run, self._look)]
@@ -134,13 +137,15 @@ class Mqtt:
                 self._connection = None
                 await _end(beside)
 
-    async def _greet(self, connection: Connection, session: "Session") -> None:
+    async def _greet(self, connection: Connection, session: Session) -> None:
         self.counts["connections"] += 1
         if not connection.resumed:
             if session.known:
                 self.counts["sessions_lost"] += 1
                 log.warning("the broker lost our session; what it held for us is gone (see configs/mosquitto.conf)")
-            await asyncio.to_thread(session.renew)
+            session.forget()
+        if not session.known:  # before it sends us anything
+            await _written(session.renew)
         await connection.subscribe(self._topics.wanted(house=self._settings.mqtt.discovery), stored=False)
         await connection.publish(self._topics.status, discovery.ONLINE, retain=True)
         log.info("→ broker", host=self._settings.mqtt.host, port=self._settings.mqtt.port, resumed=connection.resumed)
@@ -155,7 +160,7 @@ class Mqtt:
 
     # --- messages
 
-    async def _take_in(self, connection: Connection, session: "Session") -> None:
+    async def _take_in(self, connection: Connection, session: Session) -> None:
         """Until the service stops. Raises Lost."""
         while not self._stopping.is_set():
             packets = await connection.receive(self._settings.mqtt.window)
@@ -170,7 +175,7 @@ class Mqtt:
             await self._shed(connection)
             connection.acknowledge(packets)
 
-    async def _stored(self, packets: list[Packet], session: "Session") -> bool:
+    async def _stored(self, packets: list[Packet], session: Session) -> bool:
         """Have the events among `packets` committed; False if the disk takes none, and nothing has happened."""
         found = [(packet, self._topics.read(packet.topic)) for packet in packets]
         deliveries = [
@@ -237,6 +242,14 @@ class Mqtt:
             self._presence.clear(packet.topic)
 
 
+async def _written(write: Callable[[], None]) -> None:
+    """Have a session written. Raises Lost: what comes under a name that is not on the disk may never come again."""
+    try:
+        await asyncio.to_thread(write)
+    except (StorageFull, OSError):
+        raise Lost("The name of our session cannot be written: see to the state folder's space and rights.") from None
+
+
 async def _end(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
@@ -255,32 +268,3 @@ def _delivery(packet: Packet, topic: EventTopic, nonce: bytes) -> Delivery:
         mark=nonce + packet.mid.to_bytes(2, "big") if packet.qos else None,
         size=packet.size,
     )
-
-
-@dataclass(slots=True)
-class Session:
-    """Our session at the broker: the name under which it is kept, the same after every restart and no one else's guess.
-
-    The nonce tells its packet numbers from those of an earlier session, which began at 1 as well.
-    """
-
-    file: Path
-    identifier: str
-    nonce: bytes
-    known: bool  # the broker should have it
-
-    @classmethod
-    def load(cls, file: Path, prefix: str) -> "Session":
-        """From `file`, or a new one."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            identifier, nonce = file.read_text(encoding="ascii").split()
-            return cls(file, identifier, bytes.fromhex(nonce), known=True)
-        return cls(file, f"{prefix.replace('/', '-')}-{secrets.token_hex(12)}", b"", known=False)
-
-    def renew(self) -> None:
-        """The broker has begun anew."""
-        self.nonce, self.known = secrets.token_bytes(8), True
-        part = self.file.with_suffix(".part")
-        part.touch(0o600)
-        part.write_text(f"{self.identifier} {self.nonce.hex()}\n", encoding="ascii")
-        part.replace(self.file)
