@@ -6,9 +6,11 @@ chunks come before it. What came with the request as correlation goes out with e
 """
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -29,6 +31,7 @@ from storage.users import Users
 log = structlog.get_logger()
 
 MOST = 64  # requests that are answered at once
+MOST_OF_ONE = MOST // 4  # of them, one user's
 LAST_SECONDS = 2.0  # in which answers that were cut short at the end may be published
 GATHER = 0.1  # seconds of a stream that go into one chunk
 MAX_CORRELATION = 256  # bytes
@@ -57,6 +60,7 @@ class Talk:
         self._settings, self._users, self._chat, self._topics = settings, users, chat, topics
         self._base, self._clock, self._ended = base, clock, ended
         self._tasks: set[asyncio.Task[None]] = set()
+        self._places: Counter[str] = Counter()  # that are taken, by user
         self._replies: set[Reply] = set()
         self._heard: dict[bytes, None] = {}  # digests of requests
 
@@ -113,8 +117,24 @@ class Talk:
         if packet.size > len(packet.payload):
             raise TooLarge(f"The payload has more than {self._settings.mqtt.max_payload} bytes.")
         body = say.understand(decode(packet.payload, object))
-        if len(self._tasks) > MOST:
+        with self._place(name):
+            await self._reply(name, body, say)
+
+    @contextlib.contextmanager
+    def _place(self, user: str) -> Iterator[None]:
+        """A place for as long as the block lasts. Raises Busy."""
+        if self._places[user] >= MOST_OF_ONE:
+            sentence = f"This user has {MOST_OF_ONE} chats over MQTT under way; wait for one of them to end."
+            raise Busy(sentence, retry_after=5)
+        if self._places.total() >= MOST:
             raise Busy("Too many chats over MQTT at once; try again in a moment.", retry_after=5)
+        self._places[user] += 1
+        try:
+            yield
+        finally:
+            self._places -= Counter({user: 1})  # and nobody who has none is kept
+
+    async def _reply(self, name: str, body: chat_openai.Completion, say: "_Answers") -> None:
         ask = chat_openai.understand(body, self._chat.limits)
         if ask.choices > 1:
             raise RequestError("Over MQTT a request has one reply: leave n out.", code="unsupported_value", param="n")

@@ -13,7 +13,9 @@ from live import Start
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from persona.engine.protocol import Chunk, GenerateRequest
 from persona.engine.scripted import ScriptedEngine
+from persona.ingest.talk import MOST, MOST_OF_ONE
 
 SET, CHAT = "persona/u/{}/chat/set", "persona/u/{}/chat"
 
@@ -220,6 +222,37 @@ async def test_many_questions_at_once_are_each_answered_or_refused(begin: Start,
         answers = [(await ann.hear())[1] for _ in range(150)]
     assert {answer["correlation"] for answer in answers} == set(range(150))
     assert {answer["error"]["code"] for answer in answers if "error" in answer} <= {"busy"}
+
+
+class Holding(ScriptedEngine):
+    """Holds what the first user asked for until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__("Yes.")
+        self.let_go = asyncio.Event()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        if request.user_id == 1:
+            await self.let_go.wait()
+        async for chunk in super().generate(request):
+            yield chunk
+
+
+async def test_one_user_does_not_take_the_places_of_others(begin: Start, broker: Mosquitto) -> None:
+    engine = Holding()
+    live = await begin(engine)
+    await live.key("bob")
+    asked = MOST + 10
+    async with talker(broker) as ann, talker(broker, "bob") as bob:
+        for number in range(asked):
+            await ann.ask({"text": "hi", "correlation": number, "store": False})
+        refused = [(await ann.hear())[1] for _ in range(asked - MOST_OF_ONE)]
+        assert {answer["error"]["code"] for answer in refused} == {"busy"}
+        assert "This user has 16 chats" in refused[0]["error"]["message"]
+        assert said(await bob.answer({"text": "hi"})) == "Yes."
+        engine.let_go.set()
+        assert [said((await ann.hear())[1]) for _ in range(MOST_OF_ONE)] == ["Yes."] * MOST_OF_ONE
+        assert said(await ann.answer({"text": "again"})) == "Yes."
 
 
 async def test_events_before_a_question_stand_in_its_answer(begin: Start, broker: Mosquitto) -> None:
