@@ -1,26 +1,29 @@
 """The form of a reply: text, any JSON object, or JSON of a schema, on every surface.
 
 What a schema may cost is bounded before it reaches the engine: in bytes and levels here, and in time and memory by a
-process of its own that tries it out (persona.engine.schema).
+process of its own that tries it out (persona.engine.schema). What one user sends delays another's by one trial at most.
 """
 
 import asyncio
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from persona.chat_sampling import refused
+from persona.chat_turns import Turns
 from persona.engine import schema
-from persona.errors import RequestError
+from persona.errors import Busy, RequestError
 
 MAX_BYTES = 64 << 10  # of a schema as JSON
 MAX_NESTING = 64  # levels
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _TYPES = "text, json_object or json_schema"
 _WAIT = 20.0  # seconds for a process that may have two on the processor
+_EACH = 2  # schemas of one user that are being tried out or wait for it
 _KNOWN = 128  # schemas whose verdict is remembered
 
 
@@ -71,40 +74,77 @@ def _is_shallow(value: Any, levels: int = MAX_NESTING) -> bool:
     return levels >= 0 and all(_is_shallow(one, levels - 1) for one in inner)
 
 
+@dataclass(slots=True)
+class _Trial:
+    """A schema that is being tried out, or waits for that. `waiting`: requests that want to know."""
+
+    user_id: int
+    task: asyncio.Task[str]
+    waiting: int = 0
+
+
 class Schemas:
-    """Tries schemas out, one at a time, and remembers what came of it."""
+    """Tries schemas out, one at a time and users by turns, and remembers what came of it."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, str] = OrderedDict()  # grammar → what is wrong with it, ""
-        self._turn = asyncio.Lock()
+        self._trials: dict[str, _Trial] = {}  # by grammar
+        self._turns = Turns()
 
-    async def check(self, grammar: str) -> None:
-        """Raises RequestError for one that cannot be followed."""
-        if grammar and (problem := await self._problem(grammar)):
+    async def check(self, grammar: str, user_id: int = 0) -> None:
+        """Raises RequestError for one that cannot be followed, Busy while that cannot be said.
+
+        user_id: whose wish it is; 0: nobody's, who may have any number tried out.
+        """
+        if grammar and (problem := await self._problem(grammar, user_id)):
             sentence = f"The schema cannot be followed: {problem}."
             raise RequestError(sentence, code="invalid_schema", param="response_format")
 
-    async def _problem(self, grammar: str) -> str:
-        if grammar not in self._known:
-            async with self._turn:
-                problem = self._known.get(grammar)  # perhaps it was tried while this one waited
-                self._known[grammar] = await _tried(grammar) if problem is None else problem
-        self._known.move_to_end(grammar)
-        problem = self._known[grammar]
+    async def _problem(self, grammar: str, user_id: int) -> str:
+        if grammar in self._known:
+            self._known.move_to_end(grammar)
+            return self._known[grammar]
+        trial = self._trials.get(grammar) or self._begin(grammar, user_id)
+        trial.waiting += 1
+        try:
+            return await asyncio.shield(trial.task)
+        finally:
+            trial.waiting -= 1
+            if not trial.waiting:
+                await self._end(grammar, trial)
+
+    def _begin(self, grammar: str, user_id: int) -> _Trial:
+        if user_id and sum(trial.user_id == user_id for trial in self._trials.values()) >= _EACH:
+            sentence = f"{_EACH} new schemas of this user are being tried out already; try again in a moment."
+            raise Busy(sentence, retry_after=schema.SECONDS, status=429, code="rate_limited")
+        self._trials[grammar] = trial = _Trial(user_id, asyncio.create_task(self._try(grammar, user_id)))
+        return trial
+
+    async def _end(self, grammar: str, trial: _Trial) -> None:
+        """Nobody wants to know any more, or everybody does."""
+        del self._trials[grammar]
+        if not trial.task.done():
+            trial.task.cancel()
+            await asyncio.wait([trial.task])
+
+    async def _try(self, grammar: str, user_id: int) -> str:
+        async with self._turns.of(user_id):
+            problem = await _tried(grammar)
+        self._known[grammar] = problem
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
         return problem
 
 
 async def _tried(grammar: str) -> str:
-    """What is wrong with a grammar, or ""."""
+    """What is wrong with a grammar, or "". Raises Busy if the machine has no time to say so."""
     command = (sys.executable, "-m", "persona.engine.schema")
     process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
     try:
         async with asyncio.timeout(_WAIT):
             problem, _ = await process.communicate(grammar.encode())
-    except TimeoutError:
-        return schema.LARGE
+    except TimeoutError:  # its limit of processor time had ended it, had it been given any
+        raise Busy("The machine is too busy to try the schema out; try again in a moment.", retry_after=5) from None
     finally:
         if process.returncode is None:
             process.kill()
