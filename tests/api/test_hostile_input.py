@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from live import Live, Start
 
 from persona import chat_openai
+from persona.api import connections
 from persona.chat_sampling import Limits
 from persona.domain import Role
 from persona.engine.scripted import ScriptedEngine
@@ -27,9 +28,9 @@ HI: dict[str, Any] = {"model": "persona", "messages": [{"role": "user", "content
 LIMITS = Limits(reply=100, vocab=1000)
 
 
-async def raw(live: Live, request: bytes, *, seconds: float = 5.0) -> bytes:
-    """What the service sends back to these bytes until it closes the connection."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
+async def raw(live: Live, request: bytes, *, seconds: float = 5.0, source: str = "127.0.0.1") -> bytes:
+    """What the service sends back to these bytes, which come from `source`, until it closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", live.port, local_addr=(source, 0))
     try:
         writer.write(request)
         await writer.drain()
@@ -258,6 +259,46 @@ async def test_threat_17_one_connection_too_many_gets_a_503(start: Start) -> Non
     await asyncio.sleep(0.05)
     async with live.http.get("/health") as answer:
         assert answer.status == 200
+
+
+async def test_threat_17_one_address_leaves_places_to_others(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "household", lambda peer: None if peer[0] == "127.0.0.1" else peer[0])
+    live = await start(http={"connections": 8})
+    request = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    held = [await asyncio.open_connection("127.0.0.1", live.port, local_addr=("127.0.0.2", 0)) for _ in range(2)]
+    answer = await raw(live, request, source="127.0.0.2")
+    assert b" 503 " in answer
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["message"] == "Too many connections from this address."
+    assert b" 200 " in await raw(live, request, source="127.0.0.3")
+    held += [await asyncio.open_connection("127.0.0.1", live.port) for _ in range(5)]  # a proxy's
+    assert b" 200 " in await raw(live, request)
+    held[0][1].close()
+    await asyncio.sleep(0.05)
+    assert b" 200 " in await raw(live, request, source="127.0.0.2")
+    for _, writer in held:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("peer", "home"),
+    [
+        (("192.168.1.5", 4711), "192.168.1.5"),
+        (("::ffff:192.168.1.5", 4711, 0, 0), "192.168.1.5"),
+        (("127.0.0.1", 4711), None),
+        (("::1", 4711, 0, 0), None),
+        (("::ffff:127.0.0.1", 4711, 0, 0), None),
+        ("", None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_an_address_is_the_same_however_it_is_written(peer: Any, home: str | None) -> None:
+    assert connections.household(peer) == home
+
+
+def test_an_ipv6_network_is_one_address() -> None:
+    one, other, far = (("2001:db8::1", 1, 0, 0), ("2001:db8::2%eth0", 1, 0, 2), ("2001:db8:0:1::1", 1, 0, 0))
+    assert connections.household(one) == connections.household(other) != connections.household(far)
 
 
 async def test_threat_17_readers_that_stop_reading_are_cut_and_their_replies_aborted(start: Start) -> None:
