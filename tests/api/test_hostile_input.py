@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -349,12 +351,28 @@ class Opened:
 
 
 OPENED = Opened()
+ROOT = Path(__file__).parents[2]
+
+
+def strange(paths: Sequence[str], home: Path) -> list[str]:
+    """Those that climb, or end elsewhere than in the state folder, in Python or in this repository."""
+    known = [os.path.realpath(folder) for folder in (home, sys.prefix, sys.base_prefix, ROOT)]
+    real = {path: Path(os.path.realpath(path)) for path in paths}
+    return [path for path in paths if ".." in path.split("/") or not any(map(real[path].is_relative_to, known))]
+
+
+def test_a_path_that_begins_like_the_state_folder_and_leaves_it_is_strange(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "link").symlink_to("/etc")
+    good = [f"{home}/adapters/1/1/manifest.json", f"{ROOT}/persona/chat.py", json.__file__]
+    bad = [f"{home}/adapters/../../etc/passwd", f"{home}/adapters/1/../b", f"{home}/link/passwd", f"{home}-2/x"]
+    assert strange([*good, *bad, "/etc/passwd"], home) == [*bad, "/etc/passwd"]
 
 
 async def test_threat_04_no_model_name_reaches_the_file_system(live: Live) -> None:
     await live.publish()
     key = await live.key()
-    state = str(live.services.settings.home)
     loop = asyncio.get_running_loop()
 
     async def status(name: str) -> int:
@@ -378,8 +396,7 @@ async def test_threat_04_no_model_name_reaches_the_file_system(live: Live) -> No
         await asyncio.to_thread(refused)
     finally:
         OPENED.watching = False
-    strange = [path for path in OPENED.paths if not path.startswith((state, sys.prefix, sys.base_prefix))]
-    assert not [path for path in strange if "etc" in path or "passwd" in path or ".." in path]
+    assert strange(OPENED.paths, live.services.settings.home) == []
 
 
 @pytest.mark.parametrize("name", ["../../etc", "persona@../b", "persona@1\0", "persona/1", "x" * 10_000, "реrsona@1"])

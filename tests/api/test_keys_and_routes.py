@@ -10,6 +10,8 @@ from live import Live, Start
 from persona.api import auth, routes
 from persona.api.auth import Failures
 from persona.errors import Busy
+from persona.events import Delivery
+from storage.events import Outcome
 
 
 def paths(application: web.Application) -> list[tuple[str, str]]:
@@ -170,46 +172,74 @@ async def test_on_the_admin_socket_a_header_names_the_user(live: Live) -> None:
         assert answer.status == 404
 
 
-# Every route with an id, as (method, path, body), for something that bob owns and for something that nobody owns.
-OWNED: list[tuple[str, str, str, Any]] = [
-    ("DELETE", "/v1/me/history/1", "/v1/me/history/999", None),
-    ("GET", "/v1/me/runs/1", "/v1/me/runs/999", None),
-    ("GET", "/v1/models/persona@1", "/v1/models/persona@999", None),
-]
+# What bob owns and what nobody owns, by the method and the path of every route with a variable.
+OWNED: dict[tuple[str, str], tuple[str, str]] = {
+    ("GET", "/v1/models/{model}"): ("/v1/models/persona@1", "/v1/models/persona@999"),
+    ("DELETE", "/v1/me/history/{id}"): ("/v1/me/history/1", "/v1/me/history/999"),
+    ("DELETE", "/v1/me/events/dead/{id}"): ("/v1/me/events/dead/1", "/v1/me/events/dead/999"),
+    ("DELETE", "/v1/me/facts/{kind}/{key}"): ("/v1/me/facts/fact/diet", "/v1/me/facts/fact/nothing"),
+    ("GET", "/v1/me/runs/{id}"): ("/v1/me/runs/1", "/v1/me/runs/999"),
+}
+# The same for bodies, by the path to which they are sent.
+HI = [{"role": "user", "content": "x"}]
 OWNED_BODIES: list[tuple[str, Any, Any]] = [
     ("/v1/feedback", {"turn": 2, "rating": 1}, {"turn": 999, "rating": 1}),
     ("/v1/me/why", {"run": 1}, {"run": 999}),
+    ("/v1/me/why", {"model": "persona@1", "messages": HI}, {"model": "persona@999", "messages": HI}),
     ("/v1/me/rollback", {"version": 1}, {"version": 999}),
-    (
-        "/v1/chat/completions",
-        {"model": "persona@1", "messages": [{"role": "user", "content": "x"}]},
-        {"model": "persona@999", "messages": [{"role": "user", "content": "x"}]},
-    ),
+    ("/v1/me/events/dead/replay", {"ids": [1]}, {"ids": [999]}),
+    ("/v1/chat/completions", {"model": "persona@1", "messages": HI}, {"model": "persona@999", "messages": HI}),
+    ("/v1/completions", {"model": "persona@1", "prompt": "x"}, {"model": "persona@999", "prompt": "x"}),
     (
         "/api/chat",
-        {"model": "persona@1:latest", "messages": [{"role": "user", "content": "x"}], "stream": False},
-        {"model": "persona@999", "messages": [{"role": "user", "content": "x"}], "stream": False},
+        {"model": "persona@1:latest", "messages": HI, "stream": False},
+        {"model": "persona@999", "messages": HI, "stream": False},
     ),
     ("/api/show", {"model": "persona@1"}, {"model": "persona@999:latest"}),
 ]
+# Routes in which nothing can be named that somebody owns: what they take is the caller's own words or wish.
+NAMELESS = {
+    ("POST", "/v1/me/history"),
+    ("POST", "/v1/me/events/{kind}"),
+    ("POST", "/v1/me/train"),
+    ("POST", "/v1/me/pause"),
+    ("POST", "/v1/me/resume"),
+    ("POST", "/v1/me/forget"),
+    ("POST", "/api/pull"),
+}
+
+
+async def test_threat_02_every_route_that_can_name_something_is_in_the_matrix(live: Live) -> None:
+    """Whoever adds a route with an id, or with a body, says here what of another's it could name."""
+    found = set()
+    for route in routes.public_application(live.services).router.routes():
+        assert route.resource is not None
+        path = route.resource.canonical.removeprefix(f"{auth.KEYED}/{{key}}")  # the same handlers with or without
+        if route.method not in ("GET", "HEAD") or ("{" in path and route.method != "HEAD"):
+            found.add((route.method, path))
+    tested = OWNED.keys() | {("POST", path) for path, _, _ in OWNED_BODIES}
+    assert found == tested | NAMELESS
+    assert not tested & NAMELESS
 
 
 async def bobs_things(live: Live) -> None:
-    """A turn and its reply (1, 2), a version (1) and a run (1)."""
+    """A turn and its reply (1, 2), a version (1), a run (1), a dead letter (1) and a fact (diet)."""
     await live.say("hi", user="bob")
     await live.publish("bob")
     await live.call("POST", "/v1/me/train?wait=20", user="bob")
+    await live.call("POST", "/v1/me/events/fact", user="bob", status=201, json={"key": "diet", "value": "vegan"})
+    assert await live.services.intake.accept([Delivery("bob", "message", b"{")]) == [Outcome.DEAD]
     await live.key("ann")
 
 
 async def test_threat_02_what_is_anothers_has_the_answer_of_what_does_not_exist(live: Live) -> None:
     await bobs_things(live)
-    for method, foreign, unknown, body in OWNED:
-        first = await live.call(method, foreign, user="ann", status=404, json=body)
-        assert first == await live.call(method, unknown, user="ann", status=404, json=body)
-    for path, foreign, unknown in OWNED_BODIES:
-        first = await live.call("POST", path, user="ann", status=404, json=foreign)
-        assert first == await live.call("POST", path, user="ann", status=404, json=unknown)
+    for (method, _), (foreign, unknown) in OWNED.items():
+        first = await live.call(method, foreign, user="ann", status=404)
+        assert first == await live.call(method, unknown, user="ann", status=404)
+    for path, foreign_body, unknown_body in OWNED_BODIES:
+        first = await live.call("POST", path, user="ann", status=404, json=foreign_body)
+        assert first == await live.call("POST", path, user="ann", status=404, json=unknown_body)
 
 
 async def test_threat_02_the_owner_and_the_admin_reach_what_is_the_owners(live: Live) -> None:
@@ -218,8 +248,8 @@ async def test_threat_02_the_owner_and_the_admin_reach_what_is_the_owners(live: 
         await live.call("POST", path, user="bob", status=200, json=own)
         async with live.admin.post(path, json=own, headers={"x-persona-user": "bob"}) as answer:
             assert answer.status == 200
-    for method, own, _, _ in reversed(OWNED):
-        await live.call(method, own, user="bob", status=200)
+    for (method, _), (mine, _) in reversed(OWNED.items()):
+        await live.call(method, mine, user="bob", status=200)
 
 
 async def test_threat_02_anothers_conversation_id_opens_a_conversation_of_ones_own(live: Live) -> None:
