@@ -127,7 +127,7 @@ class Chat:
         """
         if self._closing:
             raise Busy("The service is stopping; try again in a moment.", retry_after=5)
-        await self._schemas.check(ask.sampling.grammar)
+        await self._schemas.check(ask.sampling.grammar, caller.user.id)
         sheet = await self._sheet(caller, ask, store=True)
         return self._begin(caller, ask, [sheet])
 
