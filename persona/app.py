@@ -170,9 +170,11 @@ async def _settled() -> None:
 
 
 async def _repair(settings: Settings, database: Database) -> list[str]:
-    """What a hard stop may have left: folders without rows, rows without folders, candidates that nobody judged."""
+    """What a hard stop may have left: folders without rows, rows without folders, candidates that nobody judged,
+    copies that hold who was forgotten."""
     adapters = Adapters(database, settings.adapters)
-    return await adapters.repair() + await Backups(database, adapters).repair()
+    backups, users = Backups(database, adapters), Users(database)
+    return await adapters.repair() + await backups.repair() + await users.repair()
 
 
 @asynccontextmanager

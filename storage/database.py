@@ -27,6 +27,7 @@ from storage.database_file import (
     copy,
     damaged,
     examine,
+    people,
     prepare,
     upgrade_copies,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "examine",
     "hits",
     "index",
+    "people",
     "unindex",
     "upgrade_copies",
 ]

@@ -178,6 +178,16 @@ def upgrade_copies(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}-before-*{path.suffix}"))
 
 
+def people(copied: Path) -> list[tuple[int, str]]:
+    """Id and name of every user in a copy that nobody writes; of one that cannot be read, of nobody."""
+    uri = f"{copied.absolute().as_uri()}?mode=ro&immutable=1"  # leaves no file beside it
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            return [(int(user_id), str(name)) for user_id, name in connection.execute("SELECT id, name FROM users")]
+    except sqlite3.Error:
+        return []
+
+
 def _keep_before(path: Path, revision: str) -> None:
     """A copy of the file as it was; of earlier upgrades none is kept."""
     for old in upgrade_copies(path):

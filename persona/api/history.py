@@ -1,7 +1,7 @@
 """The caller's history: read it in pages, add what was written elsewhere, delete an entry.
 
 An import may be repeated: what is stored already counts as a duplicate. Deleting an entry takes every version that
-has absorbed it with it.
+has absorbed it with it, and ends once it has begun, whether the client waits or not.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from persona.wire import decode, dumps
 from storage import import_lines
 from storage.history import ImportItem
 from storage.import_lines import WireItem
+from storage.whole import whole
 
 MAX_PAGE = 1000
 _BATCH = 500
@@ -47,13 +48,18 @@ async def add(request: web.Request) -> web.Response:
 
 async def delete(request: web.Request) -> web.Response:
     deps, user = services(request), caller(request).user
-    gone = await deps.history.delete(user.id, EntryId(bodies.path_int(request, "id")))
+    gone = await whole(_delete(deps, user, EntryId(bodies.path_int(request, "id"))))
+    return web.json_response({"deleted": True, "versions": list(gone)})
+
+
+async def _delete(deps: Services, user: User, entry_id: EntryId) -> tuple[int, ...]:
+    gone = await deps.history.delete(user.id, entry_id)
     if gone:
         await _serve_again(deps, user)
         if user.learn and not user.paused:  # what was deleted is unlearned by learning the rest anew
             await deps.runs.request(user.id, deps.clock())
             deps.schedule.wake()
-    return web.json_response({"deleted": True, "versions": list(gone)})
+    return gone
 
 
 async def _serve_again(deps: Services, user: User) -> None:

@@ -16,6 +16,7 @@ from storage.database import Database
 from storage.failpoints import KILLED
 from storage.history import History
 from storage.runs import Runs
+from storage.users import Users
 
 HERE = Path(__file__).parent
 BEFORE_POINTER = [
@@ -98,6 +99,78 @@ async def test_threat_07_killed_after_the_pointer_the_new_version_serves(killed,
 async def test_without_a_failpoint_the_child_publishes(killed, db, root, adapters, ann):
     assert killed("") == 0
     assert (await adapters.active(ann.id)).number == 2
+
+
+CANARY = b"xylophonquartz"
+
+
+def holding(folder: Path) -> list[str]:
+    """Files that hold the canary. Not while a child uses the database: a look at the files lets go of our locks."""
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and CANARY in path.read_bytes())
+
+
+@pytest.fixture
+async def known_everywhere(db, root, ann, place, make, tmp_path) -> Path:
+    """Ann in rows, log, search index, a version's weights and the copy that an upgrade left, which is returned."""
+    entry = (await place(CANARY.decode())).tail
+    version = await make(ann.id, (entry,))
+    Path(version.path, "extra").write_bytes(CANARY)
+    copy = tmp_path / "persona-before-0099-was-0003.db"
+    await db.copy(copy)
+    assert CANARY in copy.read_bytes()
+    return copy
+
+
+def forget_and_die(db: Database, root: Path, user_id: int, failpoint: str) -> None:
+    process = child("forget_me.py", db.path, root, user_id, failpoint=failpoint)
+    process.communicate(timeout=60)
+    assert process.returncode == KILLED
+
+
+async def test_threat_32_killed_after_a_user_was_forgotten_the_next_start_ends_it(
+    known_everywhere, db, root, ann, bob, tmp_path
+):
+    forget_and_die(db, root, ann.id, "forget-after-commit")
+    db, adapters = await reopened(db, root)
+    users = Users(db)
+    assert await users.by_id(ann.id) is None
+    await users.add("ann")  # somebody new of the name must not save the copy
+    await adapters.repair()
+    name = known_everywhere.name
+    assert await users.repair() == [f"The copy {name} of the database was removed: it held a user who was forgotten."]
+    assert holding(tmp_path) == []
+    assert await users.repair() == []
+    await db.close()
+
+
+async def test_threat_32_killed_before_a_user_was_forgotten_nothing_is_and_they_may_ask_again(
+    known_everywhere, db, root, ann, bob, tmp_path
+):
+    forget_and_die(db, root, ann.id, "forget-before-commit")
+    db, adapters = await reopened(db, root)
+    assert await adapters.repair() + await Users(db).repair() == []
+    assert known_everywhere.exists()
+    assert (await Users(db).forget(ann.id))["upgrade_copies"] == 1
+    assert holding(tmp_path) == []
+    await db.close()
+
+
+@pytest.mark.parametrize("left", ["of nobody who was forgotten", "of another time", "that is damaged"])
+async def test_a_copy_before_an_upgrade_that_holds_nobody_who_was_forgotten_stays(db, users, ann, bob, left, tmp_path):
+    copy = tmp_path / "persona-before-0099-was-0003.db"
+    if left != "of another time":
+        await users.forget(bob.id)
+    await db.copy(copy)
+    if left == "of another time":  # somebody put an older database in its place by hand: carl was not forgotten
+        await users.add("carl")
+        copy.unlink()
+        await db.copy(copy)
+        async with db.write() as connection:
+            await connection.exec_driver_sql("DELETE FROM users WHERE name = 'carl'")
+    if left == "that is damaged":
+        copy.write_bytes(b"no database")
+    assert await users.repair() == []
+    assert sorted(path.name for path in tmp_path.glob("*before*")) == [copy.name]
 
 
 async def test_threat_07_killed_while_writing_every_acknowledged_turn_is_there(db, ann, root):
