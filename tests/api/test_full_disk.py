@@ -48,6 +48,10 @@ async def story(http, admin):
         async with admin.post("/admin/backup", json={"folder": str(disk / "copy")}) as answer:
             return answer.status, sorted(path.name for path in disk.iterdir())
 
+    async def export():
+        async with http.get("/v1/me/export") as answer:
+            return answer.status, len(await answer.read()) > 100, [path.name for path in settings.run_dir.glob("export-*")]
+
     told = {"before": [await chat("hello"), await ready()]}
     with open(disk / "filling", "wb", buffering=0) as file:
         try:
@@ -56,9 +60,9 @@ async def story(http, admin):
         except OSError:
             pass
     said = [await chat(f"{number} " + "x" * 3000) for number in range(60)]
-    told["full"] = [said[-1], await ready(), await backup()]
+    told["full"] = [said[-1], await ready(), await backup(), await export()]
     os.unlink(disk / "filling")
-    told["after"] = [await ready(), await chat("again"), await backup()]
+    told["after"] = [await ready(), await chat("again"), await backup(), await export()]
     return told
 
 
@@ -81,11 +85,13 @@ def test_threat_23_a_full_disk_is_told_chat_goes_on_and_space_that_returns_is_no
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert told["before"] == [[200, "true"], [200, []]]
-    chat, ready, backup = told["full"]
+    chat, ready, backup, export = told["full"]
     assert (chat, ready) == ([200, "false"], [200, ["disk"]])
     assert backup == [503, ["filling", "home"]], "a backup that does not fit leaves nothing"
-    ready, chat, backup = told["after"]
+    assert export == [503, True, []], "nor does an archive"
+    ready, chat, backup, export = told["after"]
     assert (ready, chat) == ([200, []], [200, "true"])
     assert backup == [201, ["copy", "home"]]
+    assert export == [200, True, []]

@@ -1,9 +1,13 @@
-"""A client that leaves in the middle of a deletion: what has begun ends, for nobody could ask for it again."""
+"""Forgetting and clients that come and go: what has begun ends, and a download leaves nothing behind."""
 
 import asyncio
+import io
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
+from string import ascii_letters
 from typing import Any
 
 import pytest
@@ -50,6 +54,23 @@ async def dropped(live: Live, times: int) -> None:
     async with asyncio.timeout(5):
         while len(live.engine.dropped) < times:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+async def test_threat_32_a_download_under_way_leaves_no_word_in_the_folder_of_whoever_is_forgotten(live: Live) -> None:
+    random = Random(0)
+    texts = ["".join(random.choices(ascii_letters, k=60_000)) for _ in range(130)]  # more than any socket holds
+    items = [{"ts": at, "text": f"{CANARY} {text}"} for at, text in enumerate(texts)]
+    lines = b"".join(json.dumps(item).encode() + b"\n" for item in items)
+    await live.call("POST", "/v1/me/history", data=io.BytesIO(lines))
+    headers = {"Authorization": f"Bearer {await live.key()}"}
+    async with live.http.get("/v1/me/export", headers=headers) as answer:
+        assert answer.status == 200
+        await live.call("POST", "/v1/me/forget", json={"confirm": "ann"})
+        run_dir = live.services.settings.run_dir
+        assert list(run_dir.glob("export-*")) == []
+        assert holding(live) == []
+        archive = zipfile.ZipFile(io.BytesIO(await answer.read()))
+    assert archive.read("history.jsonl").count(CANARY.encode()) == len(texts)
 
 
 def holding(live: Live) -> list[str]:
