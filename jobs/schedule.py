@@ -17,7 +17,7 @@ from jobs import recovery
 from jobs.finetune import Finetune
 from jobs.live import LiveCheck
 from persona.domain import EntryId, Run, RunState, User, UserId, VersionState
-from persona.errors import Busy, NotFound, PersonaError
+from persona.errors import Busy, NotFound, PersonaError, StorageFull
 from persona.settings import Settings
 from storage.adapters import Adapters
 from storage.history import History
@@ -64,9 +64,12 @@ class Schedule:
         self._checking = asyncio.Lock()
 
     async def start(self) -> None:
-        """Call after the database was repaired; what a hard stop left of a run goes on or has ended."""
-        await recovery.recover(self._runs, self._adapters, self._clock())
-        self._worker = asyncio.create_task(self._work(), name="runs")
+        """Call after the database was repaired; what a hard stop left of a run goes on or has ended.
+
+        Where that cannot be stored, on a full disk say, it comes before the first run: chat does not wait for it.
+        """
+        recovered = await self._recovered()
+        self._worker = asyncio.create_task(self._work(recovered), name="runs")
         self._waiting.set()
         if self._live is not None:
             self._watcher = asyncio.create_task(self._watch(self._live), name="live checks")
@@ -216,7 +219,17 @@ class Schedule:
                 log.warning("live checks failed", error=type(error).__name__)
             await asyncio.sleep(self._learning.check_seconds)
 
-    async def _work(self) -> None:
+    async def _recovered(self) -> bool:
+        try:
+            await recovery.recover(self._runs, self._adapters, self._clock())
+        except (StorageFull, Busy) as error:
+            log.warning("what a stop left of runs waits", error=type(error).__name__)
+            return False
+        return True
+
+    async def _work(self, recovered: bool) -> None:
+        if not recovered:
+            await self._mend(stopped=True)
         while True:
             try:
                 if not await self._next():

@@ -38,7 +38,7 @@ from persona.engine.faces import Engine
 from persona.engine.prepare import Prepared
 from persona.engine.protocol import GenerateRequest, Sampling
 from persona.engine.text import Text
-from persona.errors import ConfigurationError, ModelError
+from persona.errors import Busy, ConfigurationError, ModelError, StorageFull
 from persona.events import Intake
 from persona.ingest.broker import Account
 from persona.ingest.mqtt import Mqtt
@@ -173,8 +173,17 @@ async def _repair(settings: Settings, database: Database) -> list[str]:
     """What a hard stop may have left: folders without rows, rows without folders, candidates that nobody judged,
     copies that hold who was forgotten."""
     adapters = Adapters(database, settings.adapters)
-    backups, users = Backups(database, adapters), Users(database)
-    return await adapters.repair() + await backups.repair() + await users.repair()
+    parts = (adapters, Backups(database, adapters), Users(database))
+    return [sentence for part in parts for sentence in await _repaired(part.repair)]
+
+
+async def _repaired(repair: Callable[[], Awaitable[list[str]]]) -> list[str]:
+    """A full disk or a lock must not keep the service down: what it forbids now is repaired at the next start."""
+    try:
+        return await repair()
+    except (StorageFull, Busy) as error:
+        log.warning("repairs wait for the next start", error=type(error).__name__)
+        return []
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ from histories import learning
 from world import Tell, World, improving
 
 from jobs import schedule as schedules
+from jobs.recovery import WAITS
 from jobs.schedule import Schedule
 from persona.domain import EntryId, Run, RunState, User
 from persona.engine.protocol import Progress, TrainRequest
@@ -344,6 +345,7 @@ class Full(Runs):
     def __init__(self, runs: Runs) -> None:
         super().__init__(runs._db)
         self.space = 0  # tries until then
+        self.stopped = False
         self.reasons: list[str] = []
 
     def _try(self) -> None:
@@ -353,7 +355,7 @@ class Full(Runs):
 
     async def requeue(self, run_id: int, reason: str, *, hard: bool = False) -> Run:
         self._try()
-        assert not hard, "the service did not stop"
+        assert hard is self.stopped, "whether the service did stop"
         self.reasons.append(reason)
         return await super().requeue(run_id, reason, hard=hard)
 
@@ -379,6 +381,22 @@ async def test_threat_23_a_run_that_ends_on_a_full_disk_is_put_right_once_there_
     assert (run.state, full.space, "hard_stops" in run.metrics) == (state, 0, False)
     assert "stopped" not in f"{run.reason} {full.reasons}"
     assert len(full.reasons) == (state is RunState.REJECTED), "what serves is not trained again"
+    await schedule.stop()
+
+
+async def test_threat_23_a_start_on_a_full_disk_puts_right_what_a_kill_left_once_there_is_space(
+    world: World, ann: User, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "PAUSE_SECONDS", 0.01)
+    world.engine = ScriptedEngine(score=improving)
+    world.runs = full = Full(world.runs)
+    await tell(40)
+    run = await world.runs.request(ann.id, world.clock())
+    await world.runs.start(run.id, world.clock(), through=40)
+    full.space, full.stopped = 4, True
+    schedule = await started(world)
+    run = await ended(schedule, run)
+    assert (run.state, full.space, full.reasons) == (RunState.KEPT, 0, [WAITS])
     await schedule.stop()
 
 
