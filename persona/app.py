@@ -231,7 +231,7 @@ async def _services(
     engine, tokenizer = serving.engine, serving.tokenizer
     health = await engine.health()  # base and context stay as they are while the service runs
     context = min(settings.engine.context, health.context)
-    users, history, runs, events = Users(database), History(database), Runs(database), Events(database)
+    users, history, runs, events = Users(database), History(database), Runs(database), Events(database, clock)
     adapters = Adapters(database, settings.adapters)
 
     def base() -> str:

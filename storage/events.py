@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -87,11 +87,16 @@ class _Batch:
         ]
 
 
+def _utcnow() -> datetime:
+    return datetime.now(UTC)
+
+
 class Events:
     """What arrived for every user: events, facts, sources and dead letters."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, clock: Callable[[], datetime] = _utcnow) -> None:
         self._db = db
+        self._clock = clock
 
     async def store(
         self, arrived: Sequence[Arrived], *, count: Callable[[str], int], now: datetime, kept: int | None = 100
@@ -130,7 +135,7 @@ class Events:
     async def drop_fact(self, user_id: UserId, kind: str, key: str) -> bool:
         """Remove a fact or a state. False if there is none."""
         async with self._db.write() as connection:
-            gone = await facts.drop(connection, user_id, kind, key)
+            gone = await facts.drop(connection, user_id, kind, key, self._clock())
         await self._db.scrub()
         return gone
 
@@ -318,7 +323,7 @@ async def _know(connection: Transaction, batch: _Batch) -> None:
         before = newest.get((user_id, event.kind, key))
         if before is None or before.ts <= fact.ts:
             newest[user_id, event.kind, key] = fact
-    await facts.learn(connection, newest)
+    await facts.learn(connection, newest, batch.now)
     if places:
         await connection.execute(sa.insert(events), [_ledger(batch, at, None) for at in places])
     batch.outcomes |= dict.fromkeys(places, Outcome.STORED)

@@ -1,10 +1,12 @@
 """What is known of a user: the newest value of each fact and of each state.
 
 Newest by the time that the event told, then by arrival. A value that was taken back leaves an empty row, so that an
-older one which arrives late cannot bring it back. Runs inside a transaction that the caller opened.
+older one which arrives late cannot bring it back. A time that is still to come was told by a clock that was ahead: it
+says nothing, and whatever arrives is newer. Runs inside a transaction that the caller opened.
 """
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,7 +19,7 @@ from storage.tables import facts
 Place = tuple[UserId, str, str]  # user, kind, key
 
 
-async def learn(connection: Transaction, told: Mapping[Place, Fact]) -> None:
+async def learn(connection: Transaction, told: Mapping[Place, Fact], now: datetime) -> None:
     """Keep each value that is not older than what is known."""
     if not told:
         return
@@ -26,7 +28,7 @@ async def learn(connection: Transaction, told: Mapping[Place, Fact]) -> None:
     newer = [
         {"this": known[place].id, "told": fact.value, "at": fact.ts}
         for place, fact in told.items()
-        if place in known and known[place].ts <= fact.ts
+        if place in known and (known[place].ts <= fact.ts or known[place].ts > now)
     ]
     if new:
         await connection.execute(sa.insert(facts), new)
@@ -44,10 +46,11 @@ async def known(connection: Transaction, user_id: UserId, kind: str | None, limi
     return [Fact(row.kind, row.key, row.value, row.ts) for row in found]
 
 
-async def drop(connection: Transaction, user_id: UserId, kind: str, key: str) -> bool:
+async def drop(connection: Transaction, user_id: UserId, kind: str, key: str, now: datetime) -> bool:
     """Take a value back. False if there is none."""
     this = (facts.c.user_id == user_id) & (facts.c.kind == kind) & (facts.c.key == key)
-    query = sa.update(facts).where(this, facts.c.value.is_not(None)).values(value=None)
+    moment = sa.case((facts.c.ts > now, sa.literal(now, facts.c.ts.type)), else_=facts.c.ts)
+    query = sa.update(facts).where(this, facts.c.value.is_not(None)).values(value=None, ts=moment)
     return (await connection.execute(query)).rowcount > 0
 
 

@@ -6,6 +6,8 @@ from itertools import permutations
 import pytest
 from arriving import DUPLICATE, NOW, STORED, store, told
 
+from storage.events import Events
+
 CANARY = "xylophonquartz"
 
 
@@ -82,6 +84,28 @@ async def test_a_dropped_fact_leaves_no_byte_and_does_not_return(events, ann, bo
     await store(events, told(ann, "fact", key="secret", value="older", ts=at(0)))
     assert await known(events, ann) == {}
     assert await known(events, bob) == {"secret": "his"}
+
+
+@pytest.mark.parametrize("value", ["Ghent", None], ids=["told", "taken back"])
+@pytest.mark.parametrize("dated", [False, True], ids=["without a time", "with a time"])
+async def test_threat_25_what_a_clock_that_was_ahead_told_is_not_frozen(events, ann, value, dated):
+    ahead = NOW + timedelta(days=30)
+    await store(events, told(ann, "fact", key="town", value=value, received=ahead), now=ahead)
+    body = {"value": "Bruges"} | ({"ts": (NOW - timedelta(seconds=1)).isoformat()} if dated else {})
+    assert await store(events, told(ann, "fact", key="town", **body)) == [STORED]
+    assert await known(events, ann) == {"town": "Bruges"}
+    await store(events, told(ann, "fact", key="town", value="older", ts=at(0)))
+    assert await known(events, ann) == {"town": "Bruges"}
+
+
+async def test_threat_25_a_dropped_fact_of_a_clock_that_was_ahead_can_be_told_again_and_no_older_one_returns(db, ann):
+    events, ahead = Events(db, lambda: NOW), NOW + timedelta(days=30)
+    await store(events, told(ann, "fact", key="town", value="Ghent", received=ahead), now=ahead)
+    assert await events.drop_fact(ann.id, "fact", "town")
+    await store(events, told(ann, "fact", key="town", value="older", ts=at(0)))
+    assert await known(events, ann) == {}
+    await store(events, told(ann, "fact", key="town", value="Bruges"))
+    assert await known(events, ann) == {"town": "Bruges"}
 
 
 @pytest.mark.parametrize(
