@@ -87,7 +87,9 @@ class Mqtt(Section):
     )
     max_payload: int = Field(65_536, ge=256, description="largest payload in bytes; the broker has a limit of its own")
     events_per_second: float = Field(100.0, gt=0, description="events that a user may send in the long run")
-    burst: int = Field(20_000, ge=1, description="events that a user may send at once, say after an outage")
+    burst: int = Field(
+        100_500, ge=1, description="events that a user may send at once: what the broker may hold after an outage"
+    )
     kept_payloads: int = Field(100, ge=0, description="payloads of dead letters kept per user, reason and minute")
     keep_days: float = Field(30.0, gt=0, description="days after which dead letters and receipts of events are removed")
     keepalive_seconds: int = Field(30, ge=5, le=3600, description="silence after which the broker is asked for a sign")

@@ -172,3 +172,11 @@ def test_persona_toml_holds_every_option_at_its_default_with_its_description() -
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.name)
 def test_every_shipped_configuration_loads(file: Path) -> None:
     load(file, {})
+
+
+def test_the_backlog_that_our_broker_may_hold_is_no_flood_of_one_user() -> None:
+    lines = [line.split() for line in (CONFIGS / "mosquitto.conf").read_text(encoding="utf-8").splitlines()]
+    told = {line[0]: line[1] for line in lines if len(line) == 2}
+    held = int(told["max_queued_messages"]) + int(told["max_inflight_messages"])
+    assert Settings().mqtt.burst >= held
+    assert load(CONFIGS / "persona.toml", {}).mqtt.burst >= held
