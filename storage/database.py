@@ -244,7 +244,8 @@ async def _checked_out(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         await whole(connection.start())
         yield connection
     finally:
-        await whole(connection.close())
+        if connection.sync_connection is not None:  # else what prevented it is what is raised
+            await whole(connection.close())
 
 
 def create_search(connection: sa.Connection) -> None:

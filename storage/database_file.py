@@ -17,7 +17,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from persona.errors import Busy, ConfigurationError, SchemaError, StorageFull
-from storage.files import full_disk
+from storage.files import full_disk, reserve
 
 PRAGMAS = (
     "synchronous = FULL",
@@ -29,6 +29,8 @@ PRAGMAS = (
 LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}
+_UNWRITTEN = {sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_TRUNCATE}
+_TRIAL = 1 << 20  # bytes
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -45,7 +47,7 @@ def answers(path: Path) -> Iterator[None]:
         yield
     except (sa.exc.DBAPIError, sqlite3.Error) as error:
         found = code(error)
-        if found in _FULL:
+        if found in _FULL or (found in _UNWRITTEN and _no_space(path.parent)):
             raise StorageFull("The disk is full: nothing was written; free some space and try again.") from error
         if found in LOCKED or found & 0xFF in LOCKED:
             raise Busy("Another program holds the database; try again in a moment.", retry_after=5) from error
@@ -56,6 +58,17 @@ def answers(path: Path) -> Iterator[None]:
         raise
     except sa.exc.TimeoutError as error:
         raise Busy("Too many requests wait for the database; try again in a moment.") from error
+
+
+def _no_space(place: Path) -> bool:
+    """SQLite knows a spent quota, and a network's disk that is full, only as a write that failed."""
+    try:
+        reserve(place, _TRIAL)
+    except StorageFull:
+        return True
+    except OSError:  # so it is the disk itself
+        return False
+    return False
 
 
 def damaged(path: Path, finding: str) -> SchemaError:

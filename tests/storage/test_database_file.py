@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import resource
 import sqlite3
 import stat
 import subprocess
@@ -21,7 +22,7 @@ from arriving import STORED, store, told
 
 from persona.domain import EntryId, Line, Message, Origin, Role, VersionState
 from persona.errors import Busy, ConfigurationError, SchemaError, StorageFull
-from storage import database, tables
+from storage import database, database_file, tables
 from storage.adapters import Adapters
 from storage.database import Database
 from storage.events import Events
@@ -197,6 +198,34 @@ async def test_threat_23_a_full_disk_is_reported_and_nothing_is_written(db, hist
     assert [entry.text for entry in await history.page(ann.id)] == ["before"]
     assert (await place("after")).user_entry
     await db.check()
+
+
+@pytest.fixture
+def unwritable(db) -> Iterator[None]:
+    """No file may grow any more; SQLite hears of it as of a spent quota: the write failed."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_threat_23_a_disk_too_full_to_connect_is_told_as_full(db, users, unwritable):
+    with pytest.raises(StorageFull):  # the index of the log finds no place
+        await users.all()
+
+
+def spent(place: Path, size: int) -> None:
+    raise StorageFull("The disk is full: nothing was written; free some space and try again.")
+
+
+async def test_threat_23_a_write_that_fails_is_a_full_disk_if_there_is_no_space_for_anything_else(
+    db, users, ann, unwritable, monkeypatch
+):
+    with pytest.raises(sa.exc.OperationalError, match="disk I/O error"):  # this limit is no quota: reserve tells
+        await users.add("bob")
+    monkeypatch.setattr(database_file, "reserve", spent)
+    with pytest.raises(StorageFull):
+        await users.add("bob")
 
 
 async def test_threat_23_a_full_disk_does_not_lock_users_out(db, users, ann):
