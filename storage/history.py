@@ -196,7 +196,7 @@ class History:
     async def import_(
         self, user_id: UserId, items: Iterable[ImportItem], *, count: Callable[[str], int], now: datetime
     ) -> tuple[int, int]:
-        """Store uploaded history as (stored, duplicates), 500 items a transaction. Importing twice stores once."""
+        """Store uploaded history as (stored, duplicates), a batch a transaction. Importing twice stores once."""
         stored = duplicates = 0
         async with self._db.read() as connection:
             salt = await turns.salt(connection, user_id)

@@ -37,18 +37,25 @@ def parse(number: int, line: bytes) -> WireItem:
         raise Unprocessable(f"Line {number}: {error.message}", param=error.param) from None
 
 
-def item(number: int, wire: WireItem) -> ImportItem:
-    """Raises Unprocessable for a role, time or text that cannot be."""
+def item(number: int, wire: WireItem, *, place: str = "Line") -> ImportItem:
+    """Raises Unprocessable for a role, time, text or context that cannot be; it names the line, or other place."""
+    try:
+        return _item(wire)
+    except Unprocessable as error:
+        raise Unprocessable(f"{place} {number}: {error.message}", param=error.param) from None
+
+
+def _item(wire: WireItem) -> ImportItem:
     role = _ROLES.get(wire.role)
     if role is None:
-        raise Unprocessable(f"Item {number}: role is user or assistant.", param="role")
+        raise Unprocessable("role is user or assistant.", param="role")
     lines = (wire.context or [])[-MAX_CONTEXT:]
     context = tuple(Line(line.author, line.text) for line in lines)
     identity = None if wire.id is None else str(wire.id)
-    return ImportItem(wire.text, _time(number, wire.ts), identity, context, role)
+    return ImportItem(wire.text, _time(wire.ts), identity, context, role)
 
 
-def _time(number: int, value: str | float) -> datetime:
+def _time(value: str | float) -> datetime:
     try:
         if isinstance(value, str):
             parsed = datetime.fromisoformat(value)
@@ -58,4 +65,4 @@ def _time(number: int, value: str | float) -> datetime:
             raise ValueError
         return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError, OSError):
-        raise Unprocessable(f"Item {number}: ts is ISO 8601 or seconds since 1970.", param="ts") from None
+        raise Unprocessable("ts is ISO 8601 or seconds since 1970.", param="ts") from None

@@ -5,9 +5,8 @@ A deleted item does not come back with the next upload. Times in the future are 
 
 import asyncio
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,15 +18,16 @@ from storage import identity, insertion
 from storage.database import Transaction
 from storage.tables import deletions, entries
 
-_BATCH = 500
-MAX_CHARS = 65_536  # of one item
+MAX_CHARS = 65_536  # of one item's text, and of its context
+_BATCH = 500  # items of one transaction
+_BATCH_CHARS = 1 << 20  # above which it takes no more
 _BREATH = 50  # texts counted before others may run
 _CONVERSATION = "import"
 
 
 @dataclass(frozen=True, slots=True)
 class ImportItem:
-    """One item of uploaded history. Raises Unprocessable without text or time zone."""
+    """One item of uploaded history. Raises Unprocessable without text or time zone, or if it is too long."""
 
     text: str
     ts: datetime
@@ -37,13 +37,20 @@ class ImportItem:
 
     def __post_init__(self) -> None:
         if not identity.clean(self.role, self.text):
-            raise Unprocessable("An item of the import has no text.", param="text")
+            raise Unprocessable("The item has no text.", param="text")
         if len(self.text) > MAX_CHARS:
-            raise Unprocessable(f"An item of the import is longer than {MAX_CHARS} characters: split it.", param="text")
+            raise Unprocessable(f"The text is longer than {MAX_CHARS} characters: split it.", param="text")
+        if self.size - len(self.text) > MAX_CHARS:
+            raise Unprocessable(f"The context is longer than {MAX_CHARS} characters: shorten it.", param="context")
         if self.ts.tzinfo is None:
-            raise Unprocessable("The time of an item of the import has no zone.", param="ts")
+            raise Unprocessable("The time has no zone.", param="ts")
         if self.role not in (Role.USER, Role.ASSISTANT):
-            raise Unprocessable("An item of the import is neither the user's nor the assistant's.", param="role")
+            raise Unprocessable("The item is neither the user's nor the assistant's.", param="role")
+
+    @property
+    def size(self) -> int:
+        """Characters of the text and of its context."""
+        return len(self.text) + sum(len(line.author) + len(line.text) for line in self.context)
 
     def key(self, salt: bytes) -> bytes:
         """What makes two items of a user the same."""
@@ -51,11 +58,29 @@ class ImportItem:
         return hashlib.sha256(salt + named.encode("utf-8", "surrogatepass")).digest()
 
 
+@dataclass(slots=True)
+class Batch:
+    """The items of one transaction: so many, or fewer long ones."""
+
+    items: list[ImportItem] = field(default_factory=list)
+    size: int = 0
+
+    def take(self, item: ImportItem) -> bool:
+        """Add an item; whether the batch is full now."""
+        self.items.append(item)
+        self.size += item.size
+        return len(self.items) == _BATCH or self.size >= _BATCH_CHARS
+
+
 def batches(items: Iterable[ImportItem]) -> Iterator[Sequence[ImportItem]]:
     """`items` in pieces of one transaction each."""
-    rest = iter(items)
-    while batch := list(itertools.islice(rest, _BATCH)):
-        yield batch
+    batch = Batch()
+    for item in items:
+        if batch.take(item):
+            yield batch.items
+            batch = Batch()
+    if batch.items:
+        yield batch.items
 
 
 async def prepare(

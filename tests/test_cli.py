@@ -354,7 +354,7 @@ def test_a_line_that_the_service_refuses_is_named(service: Running, tmp_path: Pa
     answered("users", "add", "ann")
     file = tmp_path / "history.jsonl"
     file.write_text('{"ts": "2026-01-01T00:00:00Z", "text": "fine"}\n{"ts": "yesterday", "text": "not fine"}\n')
-    refused(run("history", "import", str(file), "--user", "ann"), "counted from its line 1: Item 2: ts")
+    refused(run("history", "import", str(file), "--user", "ann"), "counted from its line 1: Line 2: ts")
 
 
 def test_an_entry_is_deleted(service: Running) -> None:

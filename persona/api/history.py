@@ -18,10 +18,10 @@ from persona.wire import decode, dumps
 from storage import import_lines
 from storage.history import ImportItem
 from storage.import_lines import WireItem
+from storage.imports import Batch
 from storage.whole import whole
 
 MAX_PAGE = 1000
-_BATCH = 500
 
 
 async def page(request: web.Request) -> web.Response:
@@ -81,34 +81,32 @@ def _counter(deps: Services) -> Callable[[str], int]:
 
 
 async def _batches(items: AsyncIterator[ImportItem]) -> AsyncIterator[list[ImportItem]]:
-    batch: list[ImportItem] = []
+    batch = Batch()
     async for item in items:
-        batch.append(item)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        if batch.take(item):
+            yield batch.items
+            batch = Batch()
+    if batch.items:
+        yield batch.items
 
 
 async def _items(request: web.Request) -> AsyncIterator[ImportItem]:
-    number = 0
-    async for wire in _wire_items(request):
-        number += 1
-        yield import_lines.item(number, wire)
-
-
-async def _wire_items(request: web.Request) -> AsyncIterator[WireItem]:
-    if request.content_type == "application/json":
-        content = await bodies.read(request)
-        if content.lstrip()[:1] == b"[":
-            for wire in decode(content, list[WireItem]):
-                yield wire
-            return
-        for number, line in enumerate(filter(bytes.strip, content.splitlines()), 1):
-            yield import_lines.parse(number, line)
+    """Each is refused by its line; in an array, by its place there."""
+    if request.content_type != "application/json":
+        number = 0
+        async for line in bodies.lines(request):
+            number += 1
+            yield _of_line(number, line)
         return
-    number = 0
-    async for line in bodies.lines(request):
-        number += 1
-        yield import_lines.parse(number, line)
+    content = await bodies.read(request)
+    if content.lstrip()[:1] == b"[":
+        for number, wire in enumerate(decode(content, list[WireItem]), 1):
+            yield import_lines.item(number, wire, place="Item")
+        return
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            yield _of_line(number, line)
+
+
+def _of_line(number: int, line: bytes) -> ImportItem:
+    return import_lines.item(number, import_lines.parse(number, line))

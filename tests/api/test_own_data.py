@@ -75,14 +75,31 @@ async def test_an_upload_longer_than_a_body_may_be_is_read_line_by_line(start: S
         (b'{"ts": 1e300, "text": "x"}', "ts"),
         (b'{"ts": 1, "text": "x", "role": "system"}', "role"),
         (b'{"ts": 1, "text": 5}', "text"),
+        (b'{"ts": 1, "text": " "}', "text"),
+        (jsonl({"ts": 1, "text": "x" * 65_537}), "text"),
+        (jsonl({"ts": 1, "text": "x", "context": [{"author": "bob", "text": "x" * 1500}] * 50}), "context"),
         (b"not json", None),
         (b"[]", None),
     ],
 )
-async def test_a_line_that_cannot_be_used_is_named(live: Live, line: bytes, param: str | None) -> None:
-    answer = await import_(live, jsonl({"ts": 1, "text": "fine"}) + line + b"\n", status=422)
-    assert "2" in answer["error"]["message"]
+@pytest.mark.parametrize("kind", ["application/x-ndjson", "application/json"])
+async def test_a_line_that_cannot_be_used_is_named(live: Live, line: bytes, param: str | None, kind: str) -> None:
+    answer = await import_(live, jsonl({"ts": 1, "text": "fine"}) + line + b"\n", kind=kind, status=422)
+    assert answer["error"]["message"].startswith("Line 2: ")
     assert answer["error"]["param"] == param
+
+
+async def test_of_an_array_the_item_that_cannot_be_used_is_named(live: Live) -> None:
+    content = json.dumps([{"ts": 1, "text": "fine"}, {"ts": 1, "text": " "}]).encode()
+    answer = await import_(live, content, kind="application/json", status=422)
+    assert answer["error"]["message"] == "Item 2: The item has no text."
+
+
+async def test_a_long_upload_is_stored_as_it_comes_and_is_never_in_memory_as_a_whole(live: Live) -> None:
+    long = {"context": [{"author": "bob", "text": "y" * 60_000}]}
+    content = jsonl(*({"ts": at, "text": f"{at} " + "x" * 60_000, **long} for at in range(20)))
+    await import_(live, content + b"no item\n", status=422)
+    assert len(await live.history()) == 18, "two batches of a million characters; the rest came with what was wrong"
 
 
 async def test_a_user_who_does_not_learn_cannot_import(live: Live) -> None:

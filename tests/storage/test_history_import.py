@@ -1,6 +1,7 @@
 """Uploaded history is stored once, whole batches at a time."""
 
 import asyncio
+import contextlib
 from datetime import datetime, timedelta
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from persona.domain import Line, Origin, Role
 from persona.errors import NotFound, Unprocessable
 from storage.history import ImportItem
+from storage.imports import MAX_CHARS, batches
 
 
 async def test_an_item_keeps_its_time_context_and_role(history, ann, now):
@@ -28,6 +30,38 @@ async def test_importing_twice_stores_once(history, ann, now, size):
     assert await history.import_(ann.id, iter(items), count=len, now=now) == (size, 0)
     assert await history.import_(ann.id, iter(items), count=len, now=now) == (0, size)
     assert [entry.text for entry in await history.page(ann.id, limit=5000)] == [item.text for item in items]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [
+        (0, 1, []),
+        (500, 1, [500]),
+        (501, 1, [500, 1]),
+        (17, 1 << 16, [16, 1]),
+        (40, 1 << 15, [32, 8]),
+        (33, (1 << 15) - 1, [33]),
+    ],
+)
+def test_a_batch_ends_at_so_many_items_or_characters_context_included(now, count, size, expected):
+    half = size // 2
+    plain = [ImportItem("x" * size, now)] * count
+    assert [len(batch) for batch in batches(plain)] == expected
+    quoting = [ImportItem("x" * (size - half), now, context=(Line("", "y" * half),))] * count
+    assert [len(batch) for batch in batches(quoting)] == expected
+
+
+@pytest.mark.parametrize(("length", "fits"), [(MAX_CHARS, True), (MAX_CHARS + 1, False)])
+@pytest.mark.parametrize("what", ["text", "context", "author"])
+def test_text_and_context_have_a_limit_each(now, what, length, fits):
+    said = {
+        "text": {"text": "x" * length},
+        "context": {"context": (Line("", "x" * 9), Line("", "x" * (length - 9)))},
+        "author": {"context": (Line("x" * length, ""),)},
+    }[what]
+    refused = contextlib.nullcontext() if fits else pytest.raises(Unprocessable, match="longer than 65536 characters")
+    with refused:
+        ImportItem(**{"text": "hi", "ts": now, **said})
 
 
 async def test_each_item_of_a_large_import_is_found_by_its_own_words(history, ann, bob, now):
