@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from persona.domain import ROLLED_BACK, EntryId, UserId, Version, VersionState
-from persona.errors import AdapterError, Busy, NotFound, TrainingFailed
+from persona.errors import AdapterError, Busy, ConfigurationError, NotFound, TrainingFailed
 from storage import files, lineage
 from storage.database import Database, Transaction
 from storage.failpoints import reach
@@ -177,7 +177,7 @@ class Adapters:
 
         Raises Busy where the folder of all adapters is away: then nothing is known of this one.
         """
-        if not await in_thread(files.any_there, self._root):
+        if not await in_thread(files.there, self._root):
             raise Busy("The folder of adapters is missing or empty: is its disk there? Try again then.", retry_after=30)
         async with self._db.write() as connection:
             row = await lineage.row(connection, user_id, number)
@@ -224,15 +224,26 @@ class Adapters:
     async def repair(self) -> Sentences:
         """At the start, before anything runs: make disk, rows and pointers agree. One sentence for each mending.
 
-        The states of runs that go on from them stay.
+        The states of runs that go on from them stay. Raises ConfigurationError if the files of all versions are away:
+        a folder that is not mounted comes back, a version that was taken out of service does not.
         """
         query = sa.select(versions).order_by(versions.c.user_id, versions.c.number)
         async with self._db.write() as connection:
             rows = (await connection.execute(query)).all()
+            await in_thread(self._demand, rows)
             mended = [sentence for row in rows for sentence in await self._repair_row(connection, row)]
             kept = {files.folder(self._root, row.user_id, row.number) for row in rows if row.state in _WITH_FILES}
             kept |= {files.checkpoint(self._root, *run) for run in await lineage.kept(connection)}
+        await in_thread(files.remove, self._root / files.GONE)
         return mended + await in_thread(self._repair_files, kept)
+
+    def _demand(self, rows: Sequence[sa.Row[Any]]) -> None:
+        """Raises ConfigurationError if published versions have nowhere to be."""
+        if any(row.state == VersionState.PUBLISHED for row in rows) and not files.there(self._root):
+            raise ConfigurationError(
+                f"{self._root} is missing or empty, and the database names versions in it: mount it or "
+                f"restore a backup; if they are lost, `mkdir -p {self._root / files.GONE}` lets persona start without."
+            )
 
     async def _number(self, user_id: UserId) -> int:
         """The user's next version number, spent whatever happens then."""

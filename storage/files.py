@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"
 PART = ".part"
 RUN = "run-"
+GONE = "gone"  # what is called so under the root says that its versions are lost indeed
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -120,11 +121,6 @@ def verify(path: Path, expected: Mapping[str, Any]) -> None:
         raise AdapterError("The weights of this version are damaged: their checksum is wrong.")
 
 
-def any_there(root: Path) -> bool:
-    """Whether the folder exists and has something in it."""
-    return root.is_dir() and any(root.iterdir())
-
-
 def copy(path: Path, target: Path, expected: Mapping[str, Any]) -> None:
     """Copy a folder under its number to the new folder `target`, durably, and verify the copy as `verify` does."""
     with full_disk():
@@ -153,6 +149,11 @@ def looks_complete(path: Path, size: int) -> bool:
     """The cheap part of `verify`: both files are there, and the weights have their length."""
     weights = path / WEIGHTS
     return (path / MANIFEST).is_file() and weights.is_file() and weights.stat().st_size == size
+
+
+def there(root: Path) -> bool:
+    """Whether `root` is the folder that we left, and not the place where it should be mounted."""
+    return root.is_dir() and any(path.name.isdigit() or path.name == GONE for path in root.iterdir())
 
 
 def found(root: Path) -> list[Path]:

@@ -121,6 +121,8 @@ def _copied(contents: Contents, home: Path) -> Path:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         files.copy_file(contents.folder / name, target)
     (made / ADAPTERS).mkdir(mode=0o700, exist_ok=True)
+    if not any((made / ADAPTERS).iterdir()):  # whatever the database names was left out of the backup as damaged
+        (made / ADAPTERS / files.GONE).mkdir(mode=0o700)
     database_file.examine(made / DATABASE)
     for folder in (path for path in (*made.rglob("*"), made) if path.is_dir()):
         files.sync(folder)

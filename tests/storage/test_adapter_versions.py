@@ -3,13 +3,14 @@
 import errno
 import hashlib
 import json
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from persona.domain import VersionState
-from persona.errors import AdapterError, Busy, NotFound, StorageFull
+from persona.errors import AdapterError, Busy, ConfigurationError, NotFound, StorageFull
 from storage import files
 from storage.adapters import Adapters
 
@@ -293,6 +294,43 @@ async def test_threat_07_repair_makes_disk_rows_and_pointer_agree(make, adapters
     await adapters.repair()  # the folder of user 4711, now empty
     assert await adapters.repair() == []
     assert [path.name for path in root.iterdir()] == [str(ann.id)]
+
+
+@pytest.mark.parametrize("away", ["missing", "empty", "another disk"])
+async def test_threat_07_where_the_folder_of_all_versions_is_not_mounted_nothing_is_repaired(
+    make, adapters, ann, bob, root, tmp_path, away
+):
+    for user in (ann, ann, bob):
+        await make(user.id)
+    kept = root.rename(tmp_path / "elsewhere")
+    if away != "missing":
+        root.mkdir()
+    if away == "another disk":
+        (root / "lost+found").mkdir()
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="names versions in it: mount it"):
+            await adapters.repair()
+    if away != "missing":
+        shutil.rmtree(root)
+    kept.rename(root)
+    assert await adapters.repair() == []
+    assert (await adapters.active(ann.id)).number == 2
+    for version in await adapters.list(ann.id):
+        await adapters.verify(version)
+
+
+async def test_whoever_says_that_all_versions_are_lost_starts_without_them_and_says_it_once(make, adapters, ann, root):
+    await make(ann.id)
+    shutil.rmtree(root)
+    (root / "gone").mkdir(parents=True)
+    assert len(await adapters.repair()) == 1
+    assert await adapters.active(ann.id) is None
+    assert list(root.iterdir()) == []
+    assert await adapters.repair() == []
+    await make(ann.id)
+    shutil.rmtree(root)
+    with pytest.raises(ConfigurationError):
+        await adapters.repair()
 
 
 async def test_threat_04_a_path_is_built_from_integers_only(adapters, root):

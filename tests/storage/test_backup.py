@@ -166,6 +166,22 @@ async def test_threat_06_a_damaged_version_is_left_out_and_named_and_the_rest_is
     await db.close()
 
 
+async def test_threat_06_a_backup_whose_only_version_was_damaged_comes_back_without_it(
+    made, ann, make, target, tmp_path, now
+):
+    weights = Path((await make(ann.id)).path, "adapter.safetensors")
+    weights.chmod(0o600)
+    weights.write_bytes(b"!")
+    assert len((await made.make(target)).left_out) == 1
+    back(target, tmp_path / "home", now)
+    db = await Database.open(tmp_path / "home/persona.db")
+    adapters = Adapters(db, tmp_path / "home/adapters")
+    assert len(await adapters.repair()) == 1
+    assert await adapters.active(ann.id) is None
+    assert await adapters.repair() == []
+    await db.close()
+
+
 async def test_threat_34_a_backup_does_not_overwrite_and_a_failed_one_leaves_nothing(made, target, users, ann):
     target.write_text("precious")
     with pytest.raises(RequestError) as refusal:
