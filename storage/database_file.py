@@ -117,6 +117,7 @@ def _prepare(path: Path) -> None:
         _log_ahead(path)  # a copy comes without it, and readers would wait for the writer
         if revision != _head():
             if revision is not None:
+                _optimize(path)  # or the copy held the words that a kill left there
                 _keep_before(path, revision)
             _migrate(path)
         with contextlib.suppress(sqlite3.OperationalError):  # full or locked: the next scrub or start does it

@@ -2,9 +2,10 @@
 
 import stat
 
+import sqlalchemy as sa
 from alembic import command
 
-from storage import database, database_file
+from storage import database, database_file, tables
 from storage.database import Database
 from storage.users import Users
 
@@ -25,3 +26,16 @@ async def test_threat_34_before_an_upgrade_the_file_is_copied_and_the_copy_goes_
     assert receipt["upgrade_copies"] == 1
     assert database.upgrade_copies(db.path) == []
     await again.close()
+
+
+async def test_threat_32_a_copy_before_an_upgrade_holds_no_word_that_a_kill_left_in_the_index(db, place, monkeypatch):
+    entry = (await place("xylophonquartz", "I see", "and more words")).known[0]
+    async with db.write() as connection:
+        await database.unindex(connection, sa.select(tables.entries.c.id).where(tables.entries.c.id == entry))
+        await connection.execute(sa.update(tables.entries).where(tables.entries.c.id == entry).values(text="gone"))
+    await db.close()
+    monkeypatch.setattr(database_file, "_head", lambda: "0099")
+    monkeypatch.setattr(command, "upgrade", lambda config, revision: None)
+    await (await Database.open(db.path)).close()
+    (copy,) = database.upgrade_copies(db.path)
+    assert b"xylophonquartz" not in copy.read_bytes()
