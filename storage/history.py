@@ -3,6 +3,7 @@
 A turn is stored once, however often a client sends it. Nothing here holds a transaction while it counts tokens.
 """
 
+import asyncio
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ _OWN = (Origin.CHAT, Origin.IMPORT, Origin.EVENT)
 _START = EntryId(0)
 _MOST_FOUND = 1000
 _HAPPENED = 16  # events of devices among recent entries
+_LONG = 4096  # characters whose tokens are not counted on the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class History:
             found = await turns.match(connection, user_id, said, conversation_id)
         if not store or not found.new:
             return _placement(found, found.stored, None)
-        lengths = {turn.text: count(turn.text) for turn in found.new}
+        lengths = await _lengths([turn.text for turn in found.new], count)
         async with self._db.write() as connection:
             found = await turns.match(connection, user_id, said, conversation_id)
             stored = await _append(connection, user_id, found, lengths, now)
@@ -255,6 +257,15 @@ def _mine(user_id: UserId) -> sa.Select[Any]:
 def _without(found: Sequence[Entry], exclude: Collection[EntryId], limit: int) -> list[Entry]:
     left = set(exclude)
     return [entry for entry in found if entry.id not in left][:limit]
+
+
+async def _lengths(texts: list[str], count: Callable[[str], int]) -> dict[str, int]:
+    """Tokens of each text; those of long ones are counted beside the event loop."""
+
+    def counted() -> dict[str, int]:
+        return {text: count(text) for text in texts}
+
+    return counted() if sum(map(len, texts)) < _LONG else await asyncio.to_thread(counted)
 
 
 def _placement(found: turns.Match, known: tuple[EntryId, ...], asked: EntryId | None) -> Placement:

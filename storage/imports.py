@@ -88,13 +88,17 @@ async def prepare(
 ) -> dict[bytes, dict[str, Any]]:
     """The rows of a batch by key, tokens counted, without its own duplicates."""
     rows: dict[bytes, dict[str, Any]] = {}
-    for at, item in enumerate(batch, 1):
-        key = item.key(salt)
-        if key not in rows:
-            rows[key] = {**_row(item, count, now), "item": key}
-        if at % _BREATH == 0:
-            await asyncio.sleep(0)
+    for start in range(0, len(batch), _BREATH):
+        new: dict[bytes, ImportItem] = {}
+        for item in batch[start : start + _BREATH]:
+            if (key := item.key(salt)) not in rows:
+                new.setdefault(key, item)
+        rows |= await asyncio.to_thread(_rows, new, count, now)
     return rows
+
+
+def _rows(items: dict[bytes, ImportItem], count: Callable[[str], int], now: datetime) -> dict[bytes, dict[str, Any]]:
+    return {key: {**_row(item, count, now), "item": key} for key, item in items.items()}
 
 
 async def store(connection: Transaction, user_id: UserId, rows: dict[bytes, dict[str, Any]]) -> int:
