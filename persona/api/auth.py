@@ -8,7 +8,7 @@ an address may carry the key in its path: it names the caller there and is logge
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -96,9 +96,15 @@ def _secret(request: web.Request) -> str:
     return secret.strip() if scheme.lower() == "bearer" else ""
 
 
+def _parsed(address: str) -> IPv4Address | IPv6Address:
+    """An IPv4 address as itself, also where a socket for both kinds has mapped it. Raises ValueError."""
+    parsed = ip_address(address)
+    return getattr(parsed, "ipv4_mapped", None) or parsed
+
+
 def _is_loopback(address: str | None) -> bool:
     try:
-        return ip_address(address or "").is_loopback
+        return _parsed(address or "").is_loopback
     except ValueError:
         return False
 
@@ -106,7 +112,7 @@ def _is_loopback(address: str | None) -> bool:
 def _network(address: str) -> str:
     """One household: an IPv4 address, or the /64 that an IPv6 address lies in."""
     try:
-        parsed = ip_address(address)
+        parsed = _parsed(address)
     except ValueError:
         return address
-    return str(int(parsed) >> 64) if isinstance(parsed, IPv6Address) else address
+    return str(int(parsed) >> 64) if isinstance(parsed, IPv6Address) else str(parsed)

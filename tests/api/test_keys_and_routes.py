@@ -62,7 +62,9 @@ async def test_threat_01_a_path_that_does_not_exist_tells_nothing_without_a_key(
 async def test_threat_01_metrics_are_open_on_the_loopback_only(live: Live) -> None:
     assert auth._is_loopback("127.0.0.1")
     assert auth._is_loopback("::1")
+    assert auth._is_loopback("::ffff:127.0.0.1")  # of a socket that serves both kinds
     assert not auth._is_loopback("192.168.1.5")
+    assert not auth._is_loopback("::ffff:192.168.1.5")
     assert not auth._is_loopback(None)
     async with live.http.get("/metrics") as answer:
         assert answer.status == 200
@@ -137,6 +139,10 @@ def test_one_ipv6_household_has_one_window_and_memory_stays_bounded() -> None:
     failures.note("2001:db8::1")
     with pytest.raises(Busy):
         failures.note("2001:db8::2")
+    failures.note("::ffff:192.168.1.5")
+    failures.note("::ffff:192.168.1.6")  # another household, though its upper half is the same
+    with pytest.raises(Busy):
+        failures.note("192.168.1.6")
     for number in range(10_000):
         failures.note(f"address {number}")
     assert len(failures._windows) == auth._ADDRESSES
