@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -200,17 +201,22 @@ async def test_threat_23_a_full_disk_is_reported_and_nothing_is_written(db, hist
     await db.check()
 
 
-@pytest.fixture
-def unwritable(db) -> Iterator[None]:
-    """No file may grow any more; SQLite hears of it as of a spent quota: the write failed."""
+@contextmanager
+def unwritable() -> Iterator[None]:
+    """No file may grow any more; SQLite hears of it as of a spent quota: the write failed.
+
+    No fixture: the tests' own output may be a file, and is written once a test's body has ended.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-async def test_threat_23_a_disk_too_full_to_connect_is_told_as_full(db, users, unwritable):
-    with pytest.raises(StorageFull):  # the index of the log finds no place
+async def test_threat_23_a_disk_too_full_to_connect_is_told_as_full(db, users):
+    with unwritable(), pytest.raises(StorageFull):  # the index of the log finds no place
         await users.all()
 
 
@@ -219,13 +225,14 @@ def spent(place: Path, size: int) -> None:
 
 
 async def test_threat_23_a_write_that_fails_is_a_full_disk_if_there_is_no_space_for_anything_else(
-    db, users, ann, unwritable, monkeypatch
+    db, users, ann, monkeypatch
 ):
-    with pytest.raises(sa.exc.OperationalError, match="disk I/O error"):  # this limit is no quota: reserve tells
-        await users.add("bob")
-    monkeypatch.setattr(database_file, "reserve", spent)
-    with pytest.raises(StorageFull):
-        await users.add("bob")
+    with unwritable():
+        with pytest.raises(sa.exc.OperationalError, match="disk I/O error"):  # this limit is no quota: reserve tells
+            await users.add("bob")
+        monkeypatch.setattr(database_file, "reserve", spent)
+        with pytest.raises(StorageFull):
+            await users.add("bob")
 
 
 async def test_threat_23_a_full_disk_does_not_lock_users_out(db, users, ann):
