@@ -347,6 +347,8 @@ class EngineLoop:
             work()
         except PersonaError as error:
             self._fail(job, error)
+        except ConnectionError:  # the service is gone
+            raise
         except OSError as error:  # an adapter to go on from that cannot be read now
             self._fail(job, trouble(error))
         except (RuntimeError, MemoryError) as error:  # an adapter that does not fit
@@ -413,8 +415,10 @@ class EngineLoop:
         sequences = [*plan.decode, *(segment.sequence for segment in plan.prefill)]
         try:
             self._compute(plan, sequences)
+        except ConnectionError:  # the service is gone
+            raise
         except Exception as error:  # out of memory, mostly: these end, the engine goes on
-            if fatal(error) or isinstance(error, ConnectionError):  # the service is gone
+            if fatal(error):
                 raise
             log.error("step failed", rows=len(sequences), kind=type(error).__name__)
             for job in {s.id for s in sequences} & self._jobs.keys():

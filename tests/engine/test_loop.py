@@ -190,6 +190,19 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
     assert bench.alone(prompt) == wanted
 
 
+def test_a_service_that_is_gone_ends_the_loop_without_a_word(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def gone(_: Any) -> None:
+        raise BrokenPipeError
+
+    bench.loop._send = gone
+    with pytest.raises(BrokenPipeError):
+        bench.ask(protocol.Ping)
+    bench.generate(some_tokens(5))
+    with pytest.raises(BrokenPipeError):
+        bench.work(5)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_lost_device_ends_the_process(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a new one can use the device again: whoever started the engine sees it end, and starts another."""
 
