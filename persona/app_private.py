@@ -70,12 +70,23 @@ def require_memory(prepared: Prepared, memory_mb: int) -> None:
 
 @contextmanager
 def _ended_properly() -> Iterator[None]:
-    """A SIGTERM ends the program as Ctrl-C does: the home goes, with the histories in it."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """A SIGTERM ends the program as Ctrl-C does: the home goes, with the histories in it.
+
+    One that came where Python lets nothing be raised, in a finalizer say, is obeyed at the end.
+    """
+    came: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        came.append(number)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+    if came:
+        sys.exit(128 + came[0])
 
 
 def _adapted(settings: Settings, home: Path) -> Settings:

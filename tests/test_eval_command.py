@@ -244,6 +244,26 @@ def test_an_experiment_that_is_ended_leaves_no_history_behind(home: Path, tmp_pa
     assert not list(tmp_path.glob("persona-*"))
 
 
+UNHEARD = """
+import os, signal
+from persona.app_private import _ended_properly
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(100_000))
+
+with _ended_properly():
+    Last()
+print("nobody heard it")
+"""
+
+
+def test_an_end_that_comes_where_nothing_can_be_raised_is_obeyed_later() -> None:
+    ended = subprocess.run([sys.executable, "-c", UNHEARD], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (128 + signal.SIGTERM, "")
+
+
 def test_what_was_measured_is_told_at_once_and_not_lost_when_the_experiment_is_ended(
     home: Path, tmp_path: Path
 ) -> None:
