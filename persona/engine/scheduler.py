@@ -93,6 +93,19 @@ class Adapters(Protocol):
     def fetch(self, ref: AdapterRef, spared: Collection[AdapterRef]) -> Absent: ...
 
 
+class _Held:
+    """What each user has of the running set."""
+
+    def __init__(self, running: Collection[Sequence]) -> None:
+        self.places, self.pages = Counter[int](), Counter[int]()
+        for one in running:
+            self.add(one)
+
+    def add(self, one: Sequence) -> None:
+        self.places[one.user_id] += 1
+        self.pages[one.user_id] += len(one.pages)
+
+
 class Scheduler:
     """Waiting room and running set."""
 
@@ -233,10 +246,11 @@ class Scheduler:
     def _admit(self, admitted: list[Sequence], refused: list[Sequence]) -> bool:
         """In the order of the room. Whose adapter is still on its way is passed over; who needs more pages than are
         left, or whose adapter does, is not, or a large request would starve. Whether there was room for all."""
+        held = _Held(self._running)
         for sequence in self._near():
             if len(self._running) == self._max_running:
                 return True
-            if self._has_enough(sequence):
+            if self._has_enough(sequence, held):
                 continue
             if sequence.adapter is not None:
                 found = self._adapters.hold(sequence.adapter)
@@ -251,23 +265,25 @@ class Scheduler:
             elif self._reserve(sequence):
                 self._waiting[sequence.background].discard(sequence)
                 self._running.append(sequence)
+                held.add(sequence)
                 admitted.append(sequence)
             else:
                 self._let_go(sequence)
                 return False
         return True
 
-    def _has_enough(self, sequence: Sequence) -> bool:
+    def _has_enough(self, sequence: Sequence, held: "_Held") -> bool:
         """Whether the places or pages that are left are for others than its user. A like share counts one more user
         than there are: who may come."""
-        mine = [s for s in self._running if s.user_id == sequence.user_id]
-        if not sequence.user_id or not mine or self.shares.alone(sequence.user_id):
+        user, sharing, total = sequence.user_id, self.shares.active + 1, self.pool.total
+        if not user or not held.places[user] or self.shares.alone(user):
             return False
-        sharing, pages = self.shares.active + 1, self.pool
-        left = pages.available - pages.needed(sequence.limit)
-        few_pages = left < KEPT * pages.total and sum(len(s.pages) for s in mine) >= pages.total / sharing
-        few_places = self._max_running - len(self._running) <= int(KEPT * self._max_running)
-        return few_pages or (few_places and len(mine) >= max(HEAVY, self._max_running / sharing))
+        few = self._max_running - len(self._running) <= int(KEPT * self._max_running)
+        if few and held.places[user] >= max(HEAVY, self._max_running / sharing):
+            return True
+        if held.pages[user] < total / sharing:
+            return False
+        return self.pool.available - self.pool.needed(sequence.limit) < KEPT * total
 
     def _heavy(self) -> int | None:
         """The user who has most of what runs, if others may want to begin."""
