@@ -33,7 +33,7 @@ from persona.engine.protocol import (
     Scores,
     TokenLogprob,
 )
-from persona.engine.refusals import crowded, failed, fatal, trouble
+from persona.engine.refusals import crowded, failed, fatal, starved, trouble
 from persona.engine.reply import Generation
 from persona.engine.runner import Result, Runner
 from persona.engine.sampler import Sampler
@@ -45,12 +45,14 @@ from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer, Text
 from persona.engine.tiers import Tiers
 from persona.engine.waiting import Pace
-from persona.errors import AdapterError, Busy, EngineDown, PersonaError, RequestError, TooLarge
+from persona.errors import Busy, EngineDown, PersonaError, RequestError, TooLarge, Unprocessable
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
 ScoreSlices = Callable[[Wanted], slices.Scores]
 LOOK_SECONDS = 0.25  # between two looks for those who have waited too long
 NEVER_FITS = "Prompt, reply and the user's adapter together are larger than the engine's memory; ask for less."
+NO_MEMORY = "The engine ran out of memory under this request; try a shorter one."
+BROKEN = "The engine failed under this request; the log says how. Try again, or another request."
 NOT_FINITE = "This version of the base or of the user's adapter computes values that are not finite."
 log = structlog.get_logger("engine")
 
@@ -417,12 +419,12 @@ class EngineLoop:
             self._compute(plan, sequences)
         except ConnectionError:  # the service is gone
             raise
-        except Exception as error:  # out of memory, mostly: these end, the engine goes on
+        except Exception as error:  # whatever it is: these end, the engine goes on
             if fatal(error):
                 raise
             log.error("step failed", rows=len(sequences), kind=type(error).__name__)
             for job in {s.id for s in sequences} & self._jobs.keys():
-                self._finish(job, "error", "The engine ran out of memory under this request; try a shorter one.")
+                self._finish(job, "error", NO_MEMORY if starved(error) else BROKEN)
 
     def _compute(self, plan: Plan, sequences: list[Sequence]) -> None:
         residents = {s.id: s.lease.value if s.lease is not None else None for s in sequences}
@@ -449,7 +451,7 @@ class EngineLoop:
             if sound:
                 self._extend(sequence.id, token, told)
             else:
-                self._finish(sequence.id, "error", NOT_FINITE, AdapterError if sequence.adapter else EngineDown)
+                self._finish(sequence.id, "error", NOT_FINITE, Unprocessable if sequence.adapter else EngineDown)
 
     def _collect(self, sequence: Sequence, found: list[TokenLogprob]) -> None:
         job = self._jobs[sequence.id]

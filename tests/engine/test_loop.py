@@ -165,7 +165,7 @@ def test_an_adapter_that_computes_nan_ends_only_its_own_request(bench: Bench, tm
     assert bench.end(ill) == "error"
     assert bench.text(ill) == ""
     assert isinstance(bench.answers[ill][-1], Piece)
-    assert bench.answers[ill][-1].chunk.kind == "AdapterError"
+    assert bench.answers[ill][-1].chunk.kind == "Unprocessable"  # nothing against its file: no quarantine
     assert bench.text(well) == bench.text(later) == wanted
     assert bench.alone(prompt) == wanted  # its pages are clean again
 
@@ -187,6 +187,10 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
         now.setattr(*((bench.loop._runner, "run") if where == "run" else (sampler, "draw")), fails)
         bench.work()
     assert [bench.end(job) for job in jobs] == ["error"] * 2
+    for job in jobs:
+        last = bench.answers[job][-1]
+        assert isinstance(last, Piece)
+        assert ("memory" in str(last.chunk.error)) is isinstance(error, torch.OutOfMemoryError)
     assert bench.alone(prompt) == wanted
 
 
