@@ -1,8 +1,8 @@
 """Adapters on the device, and their batched products: rows of one step may each carry another adapter, or none.
 
-Decode rows of equal shape go through one batched product, so ranks are never padded to a neighbour's; where there is a
-kernel, all rows go through one launch, which follows addresses. Each prompt segment has a plain product of its own. The
-base's product is untouched: y = base(x) + B(A x).
+Where there are kernels, decode rows of whatever ranks go through one and prompts through another, which follow
+addresses. Without, decode rows of equal shape go through one batched product, so ranks are never padded to a
+neighbour's, and each prompt has a plain product of its own. The base's product is untouched: y = base(x) + B(A x).
 
     A of one layer and target: [in, rank]
     B of one layer and target: [rank, out]
@@ -17,6 +17,7 @@ import torch
 
 from persona.engine.adapter_file import Adapter, Array
 from persona.engine.kernels.choice import Kernels
+from persona.engine.kernels.reference import BLOCK
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import product
 
@@ -154,6 +155,25 @@ class Gathered:
         self._adapt(x, y, self._table[_line(layer, target)])
 
 
+class Blocks:
+    """The adapters of a step's prompts as the kernel wants them, a few rows of one prompt at a time.
+
+    Who makes it keeps the adapters alive as long as it is used.
+    """
+
+    def __init__(self, kernels: Kernels, segments: Sequence[tuple[int, int, Resident]], device: torch.device) -> None:
+        """segments: (start, end, adapter) of rows."""
+        self._adapt = kernels.adapt_blocks
+        some = [(at, min(BLOCK, end - at), one) for start, end, one in segments for at in range(start, end, BLOCK)]
+        self._blocks = torch.tensor([(at, rows) for at, rows, _ in some], dtype=torch.int32, device=device)
+        tables = [one.table for _, _, one in some if one.table is not None]
+        self._table = torch.stack(tables, 1).to(device)  # [layers · targets, blocks, 3]
+
+    def add(self, layer: int, target: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x: [tokens, in] · y: [tokens, out], changed in place at the prompts' rows."""
+        self._adapt(x, y, self._table[_line(layer, target)], self._blocks)
+
+
 class StepAdapters:
     """The adapters of one step's rows. What decode rows need is kept from step to step while the rows stay the same."""
 
@@ -164,6 +184,7 @@ class StepAdapters:
         self._groups: list[_Group] = []
         self._gathered: Gathered | None = None
         self._segments: list[tuple[int, int, Resident]] = []
+        self._blocks: Blocks | None = None
 
     def arrange(self, decode: Sequence[Resident | None], segments: list[tuple[int, int, Resident]]) -> None:
         """`decode`: one per row, sorted so that equal kinds are neighbours. `segments`: (start, end, adapter)."""
@@ -174,7 +195,10 @@ class StepAdapters:
                 self._groups = _grouped(rows)
             else:
                 self._gathered = _gather(self._kernels, rows)
-        self._segments = segments
+        self._segments, self._blocks = segments, None
+        if self._kernels is not None and segments:
+            (factor, _) = next(iter(segments[0][2].factors.values()))
+            self._segments, self._blocks = [], Blocks(self._kernels, segments, factor.device)
 
     def add(self, layer: int, target: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in] · y: [tokens, out] → y with every row's adapter added, in place."""
@@ -183,6 +207,8 @@ class StepAdapters:
             group.add(key, x, y)
         if self._gathered is not None:
             self._gathered.add(layer, target, x[: len(self._rows)], y[: len(self._rows)])
+        if self._blocks is not None:
+            self._blocks.add(layer, target, x, y)
         for start, end, adapter in self._segments:
             if key in adapter.factors:
                 a, b = adapter.factors[key]

@@ -12,7 +12,7 @@ from persona.engine.buckets import Layout
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels import reference
 from persona.engine.kernels.choice import Kernels
-from persona.engine.kernels.reference import FEW, DecodeRows
+from persona.engine.kernels.reference import BLOCK, FEW, DecodeRows
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Plan
 from persona.engine.shape import TARGETS
@@ -38,6 +38,7 @@ def errors(bench: Bench) -> Iterator[Error]:
     limit = 2 * ROUNDING if bench.dtype == torch.bfloat16 else 1e-4
     yield Error("attention", attention_error(bench), limit)
     yield Error("adapters", adapter_error(bench), limit)
+    yield Error("adapters of prompts", prompt_adapter_error(bench), limit)
     for form in ("nf4", "int4"):
         for target in TARGETS:
             yield Error(f"{form} {target}", product_error(bench, form, target), limit)
@@ -80,6 +81,20 @@ def adapter_error(bench: Bench) -> float:
     wanted = y.float().clone()
     reference.adapt(x.float(), wanted, [None if p is None else (p[0].float(), p[1].float()) for p in pairs])
     bench.kernels.adapt(x, y, torch.tensor(lines, device=bench.device))
+    return share(y, wanted)
+
+
+def prompt_adapter_error(bench: Bench) -> float:
+    """Two prompts and rows of nobody between them."""
+    outputs, inputs = bench.size.shape.projection("qkv")
+    pairs = [(bench.random(inputs, rank) * inputs**-0.5, bench.random(rank, outputs) / 8) for rank in (64, 17)]
+    blocks = torch.tensor([(0, BLOCK), (BLOCK, 5), (BLOCK + 8, 9)], dtype=torch.int32, device=bench.device)
+    x, y = bench.random(BLOCK + 17, inputs), bench.random(BLOCK + 17, outputs)
+    wanted = y.float().clone()
+    for (a, b), rows in zip(pairs, (slice(0, BLOCK + 5), slice(BLOCK + 8, BLOCK + 17)), strict=True):
+        wanted[rows] += x[rows].float() @ a.float() @ b.float()
+    lines = [[a.data_ptr(), b.data_ptr(), a.shape[1]] for a, b in (pairs[0], *pairs)]
+    bench.kernels.adapt_blocks(x, y, torch.tensor(lines, device=bench.device), blocks)
     return share(y, wanted)
 
 

@@ -13,11 +13,11 @@ from persona.engine.decoder import Decoder
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels import reference
 from persona.engine.kernels.reference import DecodeRows
-from persona.engine.lora import Gathered, Resident
+from persona.engine.lora import Blocks, Gathered, Resident
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Plan
 from persona.engine.shape import TARGETS
-from persona.engine.weights import Nf4, Projection
+from persona.engine.weights import Nf4, Projection, product
 
 
 def measures(bench: Bench) -> dict[str, Callable[[], None]]:
@@ -28,6 +28,7 @@ def measures(bench: Bench) -> dict[str, Callable[[], None]]:
         "products": lambda: products(bench),
         "attention": lambda: attention_speed(bench, made("nf4")),
         "adapters": lambda: adapter_speed(bench, made("nf4")),
+        "adapters of prompts": lambda: prompt_adapter_speed(bench, made("nf4")),
         "decode nf4": lambda: decode(bench, made("nf4"), "nf4"),
         "decode int4": lambda: decode(bench, made("int4"), "int4"),
         "peft": lambda: peft(bench),
@@ -123,6 +124,35 @@ def adapter_speed(bench: Bench, base: Decoder) -> None:
         size = sum(one.nbytes() for one in everyone[:rows])
         spent = bench.seconds(work)
         bench.report("adapters", rows=rows, ms=round(1000 * spent, 3), gb_per_s=round(size / spent / 1e9, 1))
+
+
+def prompt_adapter_speed(bench: Bench, base: Decoder, tokens: int = 256) -> None:
+    """What adapters of mixed ranks add to all projections of all layers, for a step with one prompt or with eight."""
+    shape, inputs = bench.size.shape, {target: bench.size.shape.projection(target)[1] for target in TARGETS}
+    x = {target: bench.random(tokens, size) for target, size in inputs.items()}
+    y = {target: bench.random(tokens, shape.projection(target)[0]) for target in TARGETS}
+    for prompts in (1, 8):
+        each = tokens // prompts
+        parts = [(at * each, (at + 1) * each, one) for at, one in enumerate(adapters(bench.size, base, prompts))]
+        blocks = Blocks(bench.kernels, parts, bench.device)
+
+        def kernels(blocks: Blocks = blocks) -> torch.Tensor:
+            for layer in range(shape.layers):
+                for target in TARGETS:
+                    blocks.add(layer, target, x[target], y[target])
+            return y["o"]
+
+        def plain(parts: list[tuple[int, int, Resident]] = parts) -> torch.Tensor:
+            for layer in range(shape.layers):
+                for target in TARGETS:
+                    for start, end, one in parts:
+                        a, b = one.factors[layer, target]
+                        y[target][start:end] += product(product(x[target][start:end], a), b)
+            return y["o"]
+
+        times = {"ms": bench.seconds(kernels), "plain_ms": bench.seconds(plain)}
+        figures = {name: round(1000 * seconds, 3) for name, seconds in times.items()}
+        bench.report("adapters of prompts", prompts=prompts, tokens=tokens, **figures)
 
 
 def decode(bench: Bench, base: Decoder, form: str) -> None:

@@ -40,6 +40,7 @@ def test_everything_runs_on_a_tiny_shape_and_makes_a_section(tmp_path: Path) -> 
         "4-bit product",
         "attention",
         "adapters",
+        "adapters of prompts",
         "decode, tokens/s",
         "PEFT on Linear4bit, tokens/s",
     ]

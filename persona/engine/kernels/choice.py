@@ -18,10 +18,11 @@ from persona.engine.kernels.reference import DecodeRows
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Signatures are those of reference.py, but for `adapt`: (x, y, table), see triton_lora.py."""
+    """Signatures are those of reference.py, but for adapters, which are read by address: see triton_lora.py."""
 
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DecodeRows], torch.Tensor]
     adapt: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+    adapt_blocks: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     int4: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     nf4: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -49,4 +50,6 @@ def triton_kernels() -> Kernels:
     """Raises ImportError without Triton."""
     from persona.engine.kernels import triton_attention, triton_fourbit, triton_lora
 
-    return Kernels(triton_attention.attend, triton_lora.adapt, triton_fourbit.int4, triton_fourbit.nf4)
+    return Kernels(
+        triton_attention.attend, triton_lora.adapt, triton_lora.adapt_blocks, triton_fourbit.int4, triton_fourbit.nf4
+    )

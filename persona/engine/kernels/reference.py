@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from persona.engine import quantize
 
 FEW = 32  # rows up to which there are kernels for 4-bit products
+BLOCK = 32  # rows of a prompt that a kernel takes together
 # QLoRA (Dettmers et al. 2023), appendix E: the values of NF4's sixteen codes.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

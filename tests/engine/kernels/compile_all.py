@@ -11,6 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from persona.engine.kernels import reference
 from persona.engine.kernels import triton_attention as attention
 from persona.engine.kernels import triton_fourbit as fourbit
 from persona.engine.kernels import triton_lora as lora
@@ -30,6 +31,10 @@ def kernels(kind: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     pointers = {"table": int64, "narrow": fp32}
     yield lora._shrink, {"x": x, **pointers}, {**ranks, "CHUNK": lora.CHUNK, "INPUTS": lora.INPUTS}
     yield lora._expand, {"y": x, **pointers}, {**ranks, "OUTPUTS": lora.OUTPUTS}
+    ranks, pointers = {**ranks, "BLOCK": reference.BLOCK}, {**pointers, "blocks": "*i32"}
+    tile = {"CHUNK": lora.CHUNK, "INPUTS": lora.INPUTS, "TYPE": operand(TYPES[kind])}
+    yield lora._shrink_blocks, {"x": x, **pointers}, {**ranks, **tile}
+    yield lora._expand_blocks, {"y": x, **pointers}, {**ranks, "OUTPUTS": lora.OUTPUTS}
     for rows in (16, 32):
         tile = {"ROWS": rows, "OUTPUTS": fourbit.OUTPUTS, "INPUTS": fourbit.INPUTS, "TYPE": operand(TYPES[kind])}
         yield fourbit._int4, {"x": x, "codes": uint8, "scales": "*bf16", "parts": fp32}, {"GROUP": 32, **tile}
