@@ -4,7 +4,8 @@
                                     ▼                                   │
     loop.py      _dispatch ─> scheduler.plan ─> runner.run ─> _deliver ─┴─> slices.work        one thread does it all
                                     │               │             │           │
-    whose turn   waiting.py ────────┤               │             │           ├── jobs/trainer.py   training, sliced
+    who may wait admission.py, ─────┤               │             │           ├── jobs/trainer.py   training, sliced
+    whose turn   waiting.py         │               │             │           │
     memory       pages.py, shelf.py,┤               │             │           └── branches.py       scoring, sliced
                  prefix.py          │               │             └── sampler.py, reply.py, stops.py
     adapters     tiers.py: disk ─> RAM ─> device    │

@@ -16,11 +16,10 @@ MOMENT = 0.005  # seconds that an idle loop waits for a grammar before it looks 
 
 @dataclass(frozen=True, slots=True)
 class Coming:
-    """A request of the loop, on its way in. since: when it was asked for, by the loop's clock."""
+    """A request of the loop, on its way in."""
 
     sequence: Sequence
     request: GenerateRequest
-    since: float
     grammar: futures.Future[Grammar] | None = None
 
 
@@ -34,9 +33,9 @@ class Compiling:
     def __len__(self) -> int:
         return len(self._coming)
 
-    def add(self, sequence: Sequence, request: GenerateRequest, since: float) -> None:
+    def add(self, sequence: Sequence, request: GenerateRequest) -> None:
         future = self._grammars.compile(request.sampling.grammar)
-        self._coming[sequence.id] = Coming(sequence, request, since, future)
+        self._coming[sequence.id] = Coming(sequence, request, future)
 
     def pause(self) -> None:
         """With nothing else to do, wait for one for a moment."""
@@ -49,7 +48,7 @@ class Compiling:
 
     def late(self, before: float) -> list[Coming]:
         """Those who came before that moment and wait still."""
-        return self._taken(lambda one: one.since < before)
+        return self._taken(lambda one: one.sequence.since < before)
 
     def abort(self, job: int) -> bool:
         """Take it out; whether it was here."""

@@ -17,6 +17,7 @@ from typing import Protocol
 import structlog
 
 from persona.engine import protocol, reply, slices
+from persona.engine.admission import Admission
 from persona.engine.awaiting import Awaiting, Errand
 from persona.engine.compiling import Coming, Compiling
 from persona.engine.grammar import Grammars
@@ -33,7 +34,7 @@ from persona.engine.protocol import (
     Scores,
     TokenLogprob,
 )
-from persona.engine.refusals import crowded, failed, fatal, starved, trouble
+from persona.engine.refusals import failed, fatal, starved, trouble
 from persona.engine.reply import Generation
 from persona.engine.runner import Result, Runner
 from persona.engine.sampler import Sampler
@@ -44,12 +45,10 @@ from persona.engine.slices import Scoring, Slices
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer, Text
 from persona.engine.tiers import Tiers
-from persona.engine.waiting import Pace
 from persona.errors import Busy, EngineDown, PersonaError, RequestError, TooLarge, Unprocessable
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
 ScoreSlices = Callable[[Wanted], slices.Scores]
-LOOK_SECONDS = 0.25  # between two looks for those who have waited too long
 NEVER_FITS = "Prompt, reply and the user's adapter together are larger than the engine's memory; ask for less."
 NO_MEMORY = "The engine ran out of memory under this request; try a shorter one."
 BROKEN = "The engine failed under this request; the log says how. Try again, or another request."
@@ -69,7 +68,6 @@ class _Score:
 
     sequence: Sequence
     told: bool  # with alternatives
-    since: float  # when it was asked for, by the loop's clock
     found: list[TokenLogprob] = field(default_factory=list)
 
 
@@ -103,12 +101,12 @@ class EngineLoop:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """patience: seconds within which a request must be admitted, or it is refused."""
-        self._patience, self._clock, self._pace, self._looked = patience, clock, Pace(), -math.inf
-        self._scheduler, self._runner, self._tiers = scheduler, runner, tiers
+        self._scheduler, self._runner, self._tiers, self._clock = scheduler, runner, tiers, clock
         self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
         self._jobs: dict[int, Job] = {}
         self._awaiting = Awaiting(tiers)
         self._compiling = Compiling(grammars)
+        self._admission = Admission(scheduler, self._compiling, patience=patience, clock=clock)
         self._score_slices = score
         self._slices = Slices(send, self._aside)
         self._stalled = False
@@ -200,9 +198,9 @@ class EngineLoop:
             sequence.owner = Owner(request.user_id, request.adapter)
         self._make_room(request.user_id)
         if request.sampling.grammar:
-            self._compiling.add(sequence, request, self._clock())
+            self._compiling.add(sequence, request)
         else:
-            self._admit(Coming(sequence, request, self._clock()))
+            self._admit(Coming(sequence, request))
 
     def _admit_compiled(self) -> None:
         """Let those in whose grammar is ready."""
@@ -217,41 +215,22 @@ class EngineLoop:
         grammar = coming.grammar.result() if coming.grammar is not None else None
         sampler = Sampler(sampling, coming.request.tokens, grammar)
         words, stops = Detokenizer(self._text), Stops(sampling.stop)
-        self._enter(Generation(coming.sequence, sampler, words, stops, coming.since))
+        self._enter(Generation(coming.sequence, sampler, words, stops))
 
     def _enter(self, job: Job) -> None:
         """Into the waiting room. Raises Busy if its turn would come too late."""
-        sequence = job.sequence
-        self._jobs[sequence.id] = job
-        self._scheduler.add(sequence)
-        wait = 0.0 if sequence.background else self._pace.wait(self._scheduler.before(sequence))
-        if wait > self._patience:
-            self._remove(sequence.id)
-            raise crowded(wait)
+        self._admission.enter(job.sequence)
+        self._jobs[job.sequence.id] = job
 
     def _make_room(self, user_id: int) -> None:
-        """In a full waiting room a request of whoever has the most there leaves. Raises Busy if that is this user."""
-        if self._scheduler.full(len(self._compiling)):
-            leaving = self._scheduler.give_way(user_id)
-            if leaving is None:
-                raise crowded(self._pace.wait(self._scheduler.waiting))
-            self._remove(leaving.id)
-            self._fail(leaving.id, crowded(self._pace.wait(self._scheduler.waiting)))
+        """For one more request of this user. Raises Busy if the waiting room is full of theirs."""
+        if (leaving := self._admission.make_room(user_id)) is not None:
+            self._send_away(leaving)
 
-    def _send_away_the_late(self) -> None:
-        """Who has waited too long for a first token is told so while asking again still makes sense."""
-        now = self._clock()
-        if now < self._looked + LOOK_SECONDS:
-            return
-        self._looked = now
-        late = [coming.sequence.id for coming in self._compiling.late(now - self._patience)]
-        for sequence in [s for s in self._scheduler.sequences() if not s.pages]:
-            job = self._jobs[sequence.id]
-            if isinstance(job, Generation | _Score) and now - job.since > self._patience:
-                self._remove(sequence.id)
-                late.append(sequence.id)
-        for job_id in late:
-            self._fail(job_id, crowded(self._pace.wait(self._scheduler.waiting)))
+    def _send_away(self, sequence: Sequence) -> None:
+        if sequence.id in self._jobs:  # it may have waited for its grammar
+            self._remove(sequence.id)
+        self._fail(sequence.id, self._admission.refusal())
 
     def _score(self, job: int, request: protocol.ScoreRequest) -> None:
         if not request.targets:
@@ -263,7 +242,7 @@ class EngineLoop:
         sequence.user_id, sequence.background = request.user_id, not request.user_id
         if request.user_id:
             self._make_room(request.user_id)
-        self._enter(_Score(sequence, request.top is not None, self._clock()))
+        self._enter(_Score(sequence, request.top is not None))
 
     def _prefill(self, job: int, request: protocol.PrefillRequest) -> None:
         sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
@@ -312,7 +291,7 @@ class EngineLoop:
                 f"Prompt and reply together are {limit} tokens; at most {about.context} fit.",
                 code="context_length_exceeded",
             )
-        return Sequence(job, list(tokens), len(tokens), limit, adapter)
+        return Sequence(job, list(tokens), len(tokens), limit, adapter, since=self._clock())
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -404,10 +383,10 @@ class EngineLoop:
     # --- step
 
     def _plan(self) -> Plan:
-        self._send_away_the_late()
+        for sequence in self._admission.late():
+            self._send_away(sequence)
         plan = self._scheduler.plan()
-        for _ in plan.admitted:
-            self._pace.left(self._clock(), others=self._scheduler.waiting > 0)
+        self._admission.left(len(plan.admitted))
         for sequence in plan.refused:
             del self._jobs[sequence.id]
             self._fail(sequence.id, TooLarge(NEVER_FITS, code="context_length_exceeded"))

@@ -23,7 +23,6 @@ class Generation:
     sampler: Sampler
     words: Detokenizer
     stops: Stops
-    since: float  # when it was asked for, by the loop's clock
     margin: Margin = field(default_factory=Margin)
     generated: int = 0
 

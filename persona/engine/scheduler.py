@@ -47,6 +47,7 @@ class Sequence:
     silent: bool = False  # nothing follows its prompt: it is computed for a later one, when nothing else is
     user_id: int = 0
     owner: Owner | None = None
+    since: float = 0.0  # when it was asked for, by the loop's clock
     computed: int = 0
     cached: int = 0
     pages: list[int] = field(default_factory=list)
