@@ -171,6 +171,8 @@ class Scheduler:
         """Take a sequence out, wherever it is, free its pages and let go of its adapter."""
         if sequence in self._running:
             self._running.remove(sequence)
+            if reply := len(sequence.tokens) - sequence.prompt:
+                self.shares.ended(sequence, reply)
         else:
             self._waiting[sequence.background].discard(sequence)
         if not sequence.background:

@@ -4,14 +4,16 @@
 
 A simulation: waiting room, scheduler and pace are the engine's, a step takes what its rows and prompt tokens are said
 to cost (as on machine C of docs/BENCHMARKS.md), and nobody has an adapter. The workload is that of `persona bench`:
-32 users at 1.5 times what 64 clients in a closed loop get, for 120 s. One line for each weight of a request's own
-cost (waiting.OWN): shares of the requests by seed, and the worst user of all.
+32 users at 1.5 times what 64 clients in a closed loop get, for 120 s, once with its own lengths and once with those
+of S-LoRA's synthetic traces (Sheng et al. 2024: 8 to 512 tokens). One line for each weight of a request's own cost
+(waiting.OWN): shares of the requests by seed, and the worst user of all. Then about what nobody can exceed: who knew
+all requests beforehand would answer the cheapest ones, as many as there is time for until the last may begin.
 """
 
 import math
 import statistics
 import sys
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 from persona.engine import waiting
@@ -22,8 +24,10 @@ from persona.workload import Range, Request, Workload, requests
 
 STEP, ROW, TOKEN = 0.006, 0.00184, 0.00105  # seconds: of a step, of each of its rows, of each prompt token
 SECONDS, SLO, PATIENCE = 120.0, 6.0, 5.0
+ROWS = 32  # places of the running set
 LOOK = 0.25  # seconds between two looks for those who have waited too long
 USERS, CLIENTS, SEEDS = 32, 64, (42, 1, 2, 3)
+LENGTHS = ((Range(64, 256), Range(16, 64)), (Range(8, 512), Range(8, 512)))  # of prompts and replies
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, math.inf)
 
 
@@ -40,7 +44,7 @@ class Simulation:
     def __init__(self) -> None:
         pool = PagePool(1000, 32)
         nobody: Any = NoAdapters(pool)
-        self.scheduler = Scheduler(pool, nobody, max_running=32, max_waiting=256, prefill_tokens=256)
+        self.scheduler = Scheduler(pool, nobody, max_running=ROWS, max_waiting=256, prefill_tokens=256)
         self.pace, self.now, self.done = waiting.Pace(), 0.0, 0
         self.told: dict[int, tuple[int, float | None]] = {}
         self.here: dict[int, tuple[Sequence, Request, float]] = {}
@@ -91,13 +95,16 @@ class Simulation:
         self.scheduler.advanced(plan)
 
 
-def workload(rate: float | None, seed: int) -> Workload:
-    return Workload(USERS, Range(64, 256), Range(16, 64), rate=rate, seed=seed)
+Lengths = tuple[Range, Range]
 
 
-def capacity() -> float:
+def workload(lengths: Lengths, rate: float | None, seed: int) -> Workload:
+    return Workload(USERS, *lengths, rate=rate, seed=seed)
+
+
+def capacity(lengths: Lengths) -> float:
     """Replies a second in the closed loop."""
-    made, due = Simulation(), requests(workload(None, SEEDS[0]))
+    made, due = Simulation(), requests(workload(lengths, None, SEEDS[0]))
     for _ in range(CLIENTS):
         made.come(next(due), 0.0, patient=True)
     while made.here:
@@ -107,10 +114,10 @@ def capacity() -> float:
     return made.done / made.now
 
 
-def overload(rate: float, seed: int) -> tuple[float, float]:
+def overload(lengths: Lengths, rate: float, seed: int) -> tuple[float, float]:
     """The share of requests in time, and that of the worst user."""
     made, looked = Simulation(), 0.0
-    due = list(takewhile(lambda request: request.at < SECONDS, requests(workload(rate, seed))))
+    due = list(takewhile(lambda request: request.at < SECONDS, requests(workload(lengths, rate, seed))))
     while due or made.here:
         while due and due[0].at <= made.now:
             request = due.pop(0)
@@ -129,17 +136,30 @@ def overload(rate: float, seed: int) -> tuple[float, float]:
     return statistics.mean(one for found in users.values() for one in found), min(shares)
 
 
-def main() -> None:
-    most = capacity()
-    sys.stdout.write(f"capacity: {most:.2f} requests/s\n")
+def oracle(lengths: Lengths, rate: float, seed: int, seconds_of_work: float) -> float:
+    """The largest share of the requests whose work fits into so many seconds."""
+    due = takewhile(lambda request: request.at < SECONDS, requests(workload(lengths, rate, seed)))
+    costs = sorted(TOKEN * one.prompt + (ROW + STEP / ROWS) * one.reply for one in due)
+    return sum(spent <= seconds_of_work for spent in accumulate(costs)) / len(costs)
+
+
+def compare(lengths: Lengths) -> None:
+    prompts, replies = lengths
+    most = capacity(lengths)
+    sys.stdout.write(f"prompts {prompts.low}:{prompts.high}, replies {replies.low}:{replies.high}: ")
+    sys.stdout.write(f"capacity {most:.2f} requests/s\n")
     for weight in WEIGHTS:
         waiting.OWN = weight if math.isfinite(weight) else 1e9
-        found = [overload(1.5 * most, seed) for seed in SEEDS]
+        found = [overload(lengths, 1.5 * most, seed) for seed in SEEDS]
         shares = ", ".join(f"{share:.2f}" for share, _ in found)
         mean, worst = statistics.mean(share for share, _ in found), min(worst for _, worst in found)
         sys.stdout.write(f"own cost {weight:g} times: {shares}; mean {mean:.3f}, worst user {worst:.2f}\n")
         sys.stdout.flush()
+    bounds = [oracle(lengths, 1.5 * most, seed, SECONDS + SLO) for seed in SEEDS]
+    shares = ", ".join(f"{share:.2f}" for share in bounds)
+    sys.stdout.write(f"nobody: {shares}; mean {statistics.mean(bounds):.3f}\n")
 
 
 if __name__ == "__main__":
-    main()
+    for one in LENGTHS:
+        compare(one)

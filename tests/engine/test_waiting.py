@@ -11,7 +11,7 @@ from plain import some_tokens
 from workbench import Bench
 
 from persona.engine import protocol
-from persona.engine.waiting import GENERATED, LONG, OWN, Pace, Shares, WaitingRoom, cost
+from persona.engine.waiting import GENERATED, LONG, OWN, REPLIES, Pace, Shares, WaitingRoom
 
 
 @dataclass(eq=False)
@@ -62,6 +62,31 @@ def test_of_users_who_had_as_much_the_one_who_asks_for_less_is_next() -> None:
 def test_who_sets_no_bound_to_a_reply_is_not_taken_for_the_dearest() -> None:
     waiting, _ = room(Request(1, 20, 8000), Request(2, 40, LONG))
     assert users(waiting.order()) == [1, 2]
+
+
+@pytest.mark.parametrize("usual", [10, 600])
+def test_replies_that_might_have_been_longer_show_how_long_replies_are(usual: int) -> None:
+    _, shares = room()
+    for _ in range(10 * REPLIES):
+        shares.ended(Request(1, 20, 8000), usual)
+    assert shares.cost(Request(1, 20, 8000)) == pytest.approx(20 + GENERATED * usual, rel=0.01)
+    assert shares.cost(Request(1, 20, 5)) == 20 + GENERATED * 5
+    for _ in range(REPLIES):
+        shares.ended(Request(1, 20, 5), 5)  # could not be longer: says nothing of those that can
+    assert shares.cost(Request(1, 20, 8000)) == pytest.approx(20 + GENERATED * usual, rel=0.01)
+
+
+def test_the_engine_learns_how_long_replies_are(models: Models) -> None:
+    bench = Bench(models, context=512)
+    shares, asked = bench.loop._scheduler.shares, Request(1, 10, 400)
+    before = shares.cost(asked)
+    bench.generate(some_tokens(10), count=200, user=1)
+    bench.finish()
+    assert shares.cost(asked) == pytest.approx(before + GENERATED * (200 - LONG) / REPLIES)
+    now = shares.cost(asked)
+    bench.generate(some_tokens(10), count=50, user=1)
+    bench.finish()
+    assert shares.cost(asked) == now
 
 
 def test_requests_of_one_user_keep_their_order() -> None:
@@ -142,10 +167,10 @@ def test_a_long_request_is_passed_over_for_so_long_and_no_longer(others: int) ->
     while (one := waiting.order(1)[0]) is not long:
         waiting.discard(one)
         come()
-        shares.charge(one.user_id, cost(one))
+        shares.charge(one.user_id, shares.cost(one))
         shares.go(one.user_id)
-        served += cost(one)
-        assert served <= (others + 3) * OWN * cost(long)
+        served += shares.cost(one)
+        assert served <= (others + 3) * OWN * shares.cost(long)
 
 
 def test_who_is_served_meanwhile_is_not_let_in_for_having_waited() -> None:
