@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import structlog
 import torch
 
-from persona.engine import attention, buckets
+from persona.engine import attention, buckets, lora
 from persona.engine.attention import KvCache
 from persona.engine.buckets import HEAD, Layout, Row
 from persona.engine.decoder import Decoder
@@ -56,7 +56,9 @@ class DecodeGraphs:
         self._last: _Recording | None = None
 
     def prepare(self) -> None:
-        """Record every size, the largest first: they share memory."""
+        """Record every size, the largest first: they share memory. Adapters of prompts are compiled, too."""
+        decoder = self._decoder
+        lora.compile_ahead(self._kernels, decoder.shape, decoder.dtype, decoder.device)
         for size in reversed(buckets.BUCKETS):
             for adapted in (True, False):
                 self._recording(size, adapted)

@@ -167,11 +167,22 @@ class Blocks:
         some = [(at, min(BLOCK, end - at), one) for start, end, one in segments for at in range(start, end, BLOCK)]
         self._blocks = torch.tensor([(at, rows) for at, rows, _ in some], dtype=torch.int32, device=device)
         tables = [one.table for _, _, one in some if one.table is not None]
+        assert len(tables) == len(some), "an adapter that was not promoted"
         self._table = torch.stack(tables, 1).to(device)  # [layers · targets, blocks, 3]
 
     def add(self, layer: int, target: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """x: [tokens, in] · y: [tokens, out], changed in place at the prompts' rows."""
         self._adapt(x, y, self._table[_line(layer, target)], self._blocks)
+
+
+def compile_ahead(kernels: Kernels, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    """The kernels of every projection, on a row without an adapter: no step shall wait for a compiler."""
+    for target in TARGETS:
+        out, inputs = shape.projection(target)
+        x, y = (torch.zeros(1, size, dtype=dtype, device=device) for size in (inputs, out))
+        bare = torch.zeros(1, 3, dtype=torch.int64, device=device)
+        kernels.adapt(x, y, bare)
+        kernels.adapt_blocks(x, y, bare, torch.tensor([[0, 1]], dtype=torch.int32, device=device))
 
 
 class StepAdapters:

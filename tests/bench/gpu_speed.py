@@ -127,13 +127,15 @@ def adapter_speed(bench: Bench, base: Decoder) -> None:
 
 
 def prompt_adapter_speed(bench: Bench, base: Decoder, tokens: int = 256) -> None:
-    """What adapters of mixed ranks add to all projections of all layers, for a step with one prompt or with eight."""
+    """What adapters add to all projections of all layers: to a prompt of each rank alone, to eight of mixed ones."""
     shape, inputs = bench.size.shape, {target: bench.size.shape.projection(target)[1] for target in TARGETS}
     x = {target: bench.random(tokens, size) for target, size in inputs.items()}
     y = {target: bench.random(tokens, shape.projection(target)[0]) for target in TARGETS}
-    for prompts in (1, 8):
-        each = tokens // prompts
-        parts = [(at * each, (at + 1) * each, one) for at, one in enumerate(adapters(bench.size, base, prompts))]
+    each = adapters(bench.size, base, 8)
+    alone = [(str(rank), [one]) for rank, one in zip(bench.size.ranks, each, strict=False)]
+    for ranks, some in (*alone, ("mixed", each)):
+        rows = tokens // len(some)
+        parts = [(at * rows, (at + 1) * rows, one) for at, one in enumerate(some)]
         blocks = Blocks(bench.kernels, parts, bench.device)
 
         def kernels(blocks: Blocks = blocks) -> torch.Tensor:
@@ -152,7 +154,7 @@ def prompt_adapter_speed(bench: Bench, base: Decoder, tokens: int = 256) -> None
 
         times = {"ms": bench.seconds(kernels), "plain_ms": bench.seconds(plain)}
         figures = {name: round(1000 * seconds, 3) for name, seconds in times.items()}
-        bench.report("adapters of prompts", prompts=prompts, tokens=tokens, **figures)
+        bench.report("adapters of prompts", prompts=len(some), ranks=ranks, tokens=tokens, **figures)
 
 
 def decode(bench: Bench, base: Decoder, form: str) -> None:

@@ -41,7 +41,10 @@ def refs(one: Bench, folder: Path) -> list[AdapterRef | None]:
 def replies(one: Bench, who: list[AdapterRef | None], count: int = 3) -> list[list[tuple[int, float]]]:
     """Token and log-probability of each reply's tokens; prompts end around the edges of pages."""
     prompts = [some_tokens(PAGE - 2 + i, seed=i) for i in range(len(who))]
-    jobs = [one.generate(prompt, ref, count, logprobs=0) for prompt, ref in zip(prompts, who, strict=True)]
+    return told(one, [one.generate(prompt, ref, count, logprobs=0) for prompt, ref in zip(prompts, who, strict=True)])
+
+
+def told(one: Bench, jobs: list[int]) -> list[list[tuple[int, float]]]:
     one.finish()
     pieces = [[a.chunk for a in one.answers[job] if isinstance(a, Piece)] for job in jobs]
     return [[(found.token, found.logprob) for piece in some for found in piece.logprobs] for some in pieces]
@@ -64,6 +67,22 @@ def test_the_path_of_a_gpu_says_what_the_cpus_says(
     assert quick.graphs is not None
     assert set(quick.graphs._made) == {(4, True)}
     assert len({tuple(token for token, _ in one) for one in wanted}) == 4
+
+
+def test_long_prompts_beside_replies_are_adapted_row_by_row(
+    models: Models, tmp_path: Path, kernels: Kernels, request: pytest.FixtureRequest
+) -> None:
+    """Blocks of 32 rows behind decode rows: of two prompts, one longer than a block and than what a step takes."""
+
+    def said(one: Bench) -> list[list[tuple[int, float]]]:
+        who = refs(one, tmp_path)
+        running = one.generate(some_tokens(5), who[1], 8, logprobs=0)
+        one.work(2)
+        prompts = [(some_tokens(50, seed=3), who[0]), (some_tokens(20, seed=4), who[2]), (some_tokens(9, seed=5), None)]
+        return told(one, [running, *(one.generate(tokens, ref, 3, logprobs=0) for tokens, ref in prompts)])
+
+    wanted = said(bench(models, prefill=40))
+    same(said(bench(models, request.getfixturevalue("gpu_path"), prefill=40)), wanted)
 
 
 def test_rows_that_come_and_go_find_the_recording_of_their_number(

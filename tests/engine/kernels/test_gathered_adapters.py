@@ -1,4 +1,4 @@
-"""Rows and prompts with adapters of any rank, or none, in one launch: each row as plain torch computes it alone.
+"""Rows and prompts with adapters of any rank, or none, in one call: each row as plain torch computes it alone.
 
 Tolerances, relative to the row's largest value: 1e-5 in fp32, two roundings in 16 bits.
 """
@@ -11,7 +11,7 @@ from persona.engine.kernels.choice import Kernels
 from persona.engine.kernels.reference import BLOCK
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2 * 2**-8, torch.float16: 2 * 2**-11}
-RANKS = (16, 1, 0, 64, 2, 8, 4, 0, 17)
+RANKS = (16, 1, 0, 64, 2, 8, 4, 0, 17, 192, 96)  # three modules of one projection may have 64 each
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -76,15 +76,15 @@ def test_a_row_of_nan_spoils_itself_alone(kernels: Kernels) -> None:
     assert y[1].isfinite().all()
 
 
-# Prompts as (adapter, first row, rows): a whole block, one row, nobody's, and two blocks of one prompt.
-PROMPTS = ((0, 2, BLOCK), (1, 34, 1), (2, 36, 5), (3, 41, BLOCK), (3, 41 + BLOCK, 7))
-ROWS = 41 + BLOCK + 7
+# Prompts as (adapter, first row, rows): a whole block, one row, nobody's, two blocks of one prompt, and large ranks.
+PROMPTS = ((0, 2, BLOCK), (1, 34, 1), (2, 36, 5), (3, 41, BLOCK), (3, 73, 7), (4, 80, 3), (5, 83, 2))
+ROWS = 85
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (100, 130), (1056, 32)])
 def test_each_prompt_gets_its_own_adapter(kernels: Kernels, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    some = pairs((16, 17, 0, 2), inputs, outputs, dtype)
+    some = pairs((16, 17, 0, 2, 192, 96), inputs, outputs, dtype)
     x, y = random(ROWS, inputs, seed=2).to(dtype), random(ROWS, outputs, seed=3).to(dtype)
     whose: list[Pair | None] = [None] * ROWS
     for adapter, start, rows in PROMPTS:
@@ -106,7 +106,7 @@ def test_a_prompt_gives_the_same_whoever_stands_beside_it(kernels: Kernels) -> N
     x, y = random(20, 64).bfloat16(), random(20, 96, seed=3).bfloat16()
     together = y.clone()
     kernels.adapt_blocks(x, together, table(some), torch.tensor([(0, 13), (13, 7)], dtype=torch.int32))
-    for one, start, end in ((0, 0, 13), (1, 13, 20)):
+    for one, start, end in ((0, 0, 13), (0, 3, 13), (1, 13, 20), (1, 15, 19)):  # and wherever it is cut
         alone = y[start:end].clone()
         blocks = torch.tensor([(0, end - start)], dtype=torch.int32)
         kernels.adapt_blocks(x[start:end], alone, table(some[one : one + 1]), blocks)
