@@ -5,6 +5,7 @@ request whose turn would come after `patience` seconds is refused at once; one t
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from persona.engine.compiling import Compiling
@@ -27,14 +28,14 @@ class Admission:
         self._patience, self._clock = patience, clock
         self._pace, self._looked = Pace(), -math.inf
 
-    def make_room(self, user_id: int) -> Sequence | None:
-        """Who has to leave for a request of this user. Raises Busy if that is this user."""
-        if not self._scheduler.full(len(self._compiling)):
+    def surplus(self) -> Sequence | None:
+        """Who has to leave again, if somebody came into a full room: the newest request of the user with the most, and
+        of users with as many the newest."""
+        if not self._scheduler.crowded(len(self._compiling)):
             return None
-        leaving = self._scheduler.give_way(user_id)
-        if leaving is None:
-            raise self.refusal()
-        return leaving
+        waiting = sorted([*self._compiling, *self._scheduler.chats], key=lambda one: one.id)
+        theirs = Counter(one.user_id for one in waiting)
+        return max(reversed(waiting), key=lambda one: theirs[one.user_id])
 
     def enter(self, sequence: Sequence) -> None:
         """Into the waiting room. Raises Busy if its turn would come too late."""

@@ -3,7 +3,7 @@
 They count among those who wait, in a full room and for the patience of the engine, from the moment they came.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass
 
@@ -32,6 +32,9 @@ class Compiling:
 
     def __len__(self) -> int:
         return len(self._coming)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (coming.sequence for coming in self._coming.values())
 
     def add(self, sequence: Sequence, request: GenerateRequest) -> None:
         future = self._grammars.compile(request.sampling.grammar)

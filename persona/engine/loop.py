@@ -177,7 +177,7 @@ class EngineLoop:
                 self._awaiting.add(Errand(request.id, request.ref, partial(self._flip, request.id)))
             case protocol.Drop():
                 self._tiers.drop(request.user_id)
-                self._scheduler.forget(request.user_id)
+                self._scheduler.forget(request.user_id, self._compiling)
                 self._runner.forget()
                 self._send(protocol.Done(request.id))
             case protocol.Train():
@@ -196,9 +196,9 @@ class EngineLoop:
         sequence.user_id = request.user_id
         if request.user_id:
             sequence.owner = Owner(request.user_id, request.adapter)
-        self._make_room(request.user_id)
         if request.sampling.grammar:
             self._compiling.add(sequence, request)
+            self._trim()
         else:
             self._admit(Coming(sequence, request))
 
@@ -221,16 +221,21 @@ class EngineLoop:
         """Into the waiting room. Raises Busy if its turn would come too late."""
         self._admission.enter(job.sequence)
         self._jobs[job.sequence.id] = job
+        self._trim()
 
-    def _make_room(self, user_id: int) -> None:
-        """For one more request of this user. Raises Busy if the waiting room is full of theirs."""
-        if (leaving := self._admission.make_room(user_id)) is not None:
-            self._send_away(leaving)
+    def _trim(self) -> None:
+        """After somebody came: who is too many leaves."""
+        if (leaving := self._admission.surplus()) is not None:
+            self._send_away([leaving])
 
-    def _send_away(self, sequence: Sequence) -> None:
-        if sequence.id in self._jobs:  # it may have waited for its grammar
-            self._remove(sequence.id)
-        self._fail(sequence.id, self._admission.refusal())
+    def _send_away(self, some: list[Sequence]) -> None:
+        for sequence in some:
+            if sequence.id in self._jobs:
+                self._remove(sequence.id)
+            else:
+                self._compiling.abort(sequence.id)
+        for sequence in some:
+            self._fail(sequence.id, self._admission.refusal())
 
     def _score(self, job: int, request: protocol.ScoreRequest) -> None:
         if not request.targets:
@@ -240,8 +245,6 @@ class EngineLoop:
         sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
         sequence.targets, sequence.top = tuple(request.targets), request.top or 0
         sequence.user_id, sequence.background = request.user_id, not request.user_id
-        if request.user_id:
-            self._make_room(request.user_id)
         self._enter(_Score(sequence, request.top is not None))
 
     def _prefill(self, job: int, request: protocol.PrefillRequest) -> None:
@@ -383,8 +386,7 @@ class EngineLoop:
     # --- step
 
     def _plan(self) -> Plan:
-        for sequence in self._admission.late():
-            self._send_away(sequence)
+        self._send_away(self._admission.late())
         plan = self._scheduler.plan()
         self._admission.left(len(plan.admitted))
         for sequence in plan.refused:

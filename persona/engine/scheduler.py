@@ -11,7 +11,7 @@ computed none for theirs, and every second one for their replies. So the others 
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
@@ -139,9 +139,14 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.running and not self.waiting
 
-    def full(self, others: int = 0) -> bool:
-        """Whether nobody else may wait, beside those and `others` who wait elsewhere."""
-        return len(self._waiting[0]) + others >= self._max_waiting
+    @property
+    def chats(self) -> WaitingRoom[Sequence]:
+        """Those that wait and are not in the background."""
+        return self._waiting[0]
+
+    def crowded(self, others: int = 0) -> bool:
+        """Whether more wait than may, with `others` who wait elsewhere."""
+        return len(self.chats) + others > self._max_waiting
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of `tokens` can ever run on the bare base."""
@@ -159,10 +164,6 @@ class Scheduler:
         if len(self._waiting[background]) < self._max_running:
             self._adapters.fetch(adapter, self.wanted())
 
-    def give_way(self, user_id: int) -> Sequence | None:
-        """Who should leave a full waiting room for a request of this user; None: nobody, it is fairly full."""
-        return self._waiting[0].last_of_the_greediest(user_id)
-
     def before(self, sequence: Sequence) -> int:
         """How many of those that wait go before it."""
         return self._waiting[sequence.background].order().index(sequence)
@@ -171,8 +172,6 @@ class Scheduler:
         """Take a sequence out, wherever it is, free its pages and let go of its adapter."""
         if sequence in self._running:
             self._running.remove(sequence)
-            if reply := len(sequence.tokens) - sequence.prompt:
-                self.shares.ended(sequence, reply)
         else:
             self._waiting[sequence.background].discard(sequence)
         if not sequence.background:
@@ -216,10 +215,11 @@ class Scheduler:
             if not segment.sequence.background:
                 self.shares.charge(segment.sequence.user_id, segment.end - segment.start)
 
-    def forget(self, user_id: int) -> None:
-        """The user is dropped: nothing that was or is being computed for them is found by a later request."""
+    def forget(self, user_id: int, coming: Iterable[Sequence] = ()) -> None:
+        """The user is dropped: nothing that was or is being computed for them, or for those that come, is found by a
+        later request."""
         self.prefix.forget(lambda owner: owner.user_id == user_id)
-        for one in self.sequences():
+        for one in chain(self.sequences(), coming):
             if one.user_id == user_id:
                 one.owner = None
 

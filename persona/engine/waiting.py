@@ -18,8 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 GENERATED = 2.0  # what a generated token counts, against one of a prompt
 OWN = 3.0  # times that a request's own cost counts beside its user's counter
-LONG = 128  # tokens that a reply has which may be longer, as long as none has shown
-REPLIES = 32  # that show it, the last ones more than those before
+LONG = 128  # tokens of a reply; one that may be longer mostly ends before
 LEAST = 8  # admissions behind an estimate
 AWAY = 1000  # counters of users who are away that are kept at most
 
@@ -35,15 +34,19 @@ class Waiting(Protocol):
 S = TypeVar("S", bound=Waiting)
 
 
+def cost(one: Waiting) -> float:
+    """What a request is expected to cost, as counters count."""
+    return one.prompt + GENERATED * min(one.limit - one.prompt, LONG)
+
+
 class Shares:
-    """The counter of each user, who is active (waits or runs), and what a request is expected to cost."""
+    """The counter of each user, and who is active: waits or runs."""
 
     def __init__(self) -> None:
         self._served: dict[int, float] = {}
         self._active: Counter[int] = Counter()
         self._last = 0.0  # the highest counter of those who left
         self._passed = 0.0  # what each active user has had since the start if all had had alike: virtual time
-        self._usual = float(LONG)  # tokens of a reply that might be longer
 
     def __getitem__(self, user_id: int) -> float:
         return self._served.get(user_id, 0.0)
@@ -76,15 +79,6 @@ class Shares:
     def charge(self, user_id: int, tokens: float) -> None:
         self._served[user_id] = self[user_id] + tokens
         self._passed += tokens / max(1, self.active)
-
-    def cost(self, one: Waiting) -> float:
-        """What a request is expected to cost, as counters count: most callers set no near bound, and replies end."""
-        return one.prompt + GENERATED * min(one.limit - one.prompt, self._usual)
-
-    def ended(self, one: Waiting, reply: int) -> None:
-        """The reply to a request had so many tokens."""
-        if one.limit - one.prompt >= self._usual:
-            self._usual += (reply - self._usual) / REPLIES
 
     def behind(self, user_id: int) -> float:
         """How far this user is behind others; only differences between two moments say something."""
@@ -130,17 +124,11 @@ class WaitingRoom(Generic[S]):
         """The next ones, as they will be served if nobody else comes."""
         return list(islice(self._order(), limit))
 
-    def last_of_the_greediest(self, user_id: int) -> S | None:
-        """Whom to send away for a request of `user_id` when the room is full: of the user with the most requests here
-        the newest one, if that is not the same user or one with as few."""
-        queue = max(self._queues.values(), key=len, default=deque[S]())
-        return queue[-1] if len(queue) > len(self._queues.get(user_id, ())) + 1 else None
-
     def _order(self) -> Iterator[S]:
         ticket = count()  # among equal counters, who was first in the room
         heap = [
             (
-                self._shares[user] + max(0.0, OWN * self._shares.cost(queue[0]) - max(0.0, self._waited(user))),
+                self._shares[user] + max(0.0, OWN * cost(queue[0]) - max(0.0, self._waited(user))),
                 next(ticket),
                 self._shares[user],
                 queue[0],
@@ -152,11 +140,11 @@ class WaitingRoom(Generic[S]):
         while heap:
             _, place, served, one, behind = heap[0]
             yield one
-            served += self._shares.cost(one)
+            served += cost(one)
             if (following := next(behind, None)) is None:
                 heapq.heappop(heap)
             else:
-                heapq.heapreplace(heap, (served + OWN * self._shares.cost(following), place, served, following, behind))
+                heapq.heapreplace(heap, (served + OWN * cost(following), place, served, following, behind))
 
     def _waited(self, user_id: int) -> float:
         """What each active user has had more than this one since their next request became it."""

@@ -2,6 +2,8 @@
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +15,7 @@ from models import Models
 from plain import some_tokens
 from workbench import Bench, grammars
 
-from persona.engine import sampler, schema
+from persona.engine import protocol, sampler, schema
 from persona.engine.grammar import Grammars
 from persona.engine.protocol import Piece, Sampling
 from persona.engine.sampler import Sampler
@@ -168,6 +170,39 @@ def test_who_waits_for_a_grammar_counts_as_waiting(models: Models) -> None:
     assert held.result(30)
     bench.finish()
     assert bench.alone(some_tokens(9))
+
+
+@contextmanager
+def _compiler_busy(bench: Bench) -> Iterator[None]:
+    gate = threading.Event()
+    held = bench.loop._compiling._grammars._thread.submit(lambda: gate.wait(30))
+    try:
+        yield
+    finally:
+        gate.set()
+        assert held.result(30)
+
+
+def test_a_room_full_of_one_users_schemas_has_room_for_others(models: Models) -> None:
+    bench = Bench(models, waiting=3)
+    with _compiler_busy(bench):
+        crowd = [bench.generate(some_tokens(9), count=60, grammar=FLAG, user=1) for _ in range(3)]
+        light = bench.generate(some_tokens(9), user=2)
+        assert bench.failure(crowd[2]).kind == "Busy"
+        bench.work()
+        assert bench.answers[light]
+    bench.finish()
+    assert all(bench.text(job) for job in crowd[:2])
+
+
+def test_who_is_dropped_while_a_grammar_is_compiled_leaves_nothing_behind(models: Models) -> None:
+    bench, prompt = Bench(models), some_tokens(40)
+    with _compiler_busy(bench):
+        job = bench.generate(prompt, count=60, grammar=FLAG, user=1)
+        bench.loop.handle(protocol.Drop(999, 1))
+    bench.finish()
+    assert bench.text(job)
+    assert bench.health().cached_pages == 0
 
 
 def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(bench: Bench) -> None:

@@ -11,7 +11,7 @@ from plain import some_tokens
 from workbench import Bench
 
 from persona.engine import protocol
-from persona.engine.waiting import GENERATED, LONG, OWN, REPLIES, Pace, Shares, WaitingRoom
+from persona.engine.waiting import GENERATED, LONG, OWN, Pace, Shares, WaitingRoom, cost
 
 
 @dataclass(eq=False)
@@ -62,31 +62,6 @@ def test_of_users_who_had_as_much_the_one_who_asks_for_less_is_next() -> None:
 def test_who_sets_no_bound_to_a_reply_is_not_taken_for_the_dearest() -> None:
     waiting, _ = room(Request(1, 20, 8000), Request(2, 40, LONG))
     assert users(waiting.order()) == [1, 2]
-
-
-@pytest.mark.parametrize("usual", [10, 600])
-def test_replies_that_might_have_been_longer_show_how_long_replies_are(usual: int) -> None:
-    _, shares = room()
-    for _ in range(10 * REPLIES):
-        shares.ended(Request(1, 20, 8000), usual)
-    assert shares.cost(Request(1, 20, 8000)) == pytest.approx(20 + GENERATED * usual, rel=0.01)
-    assert shares.cost(Request(1, 20, 5)) == 20 + GENERATED * 5
-    for _ in range(REPLIES):
-        shares.ended(Request(1, 20, 5), 5)  # could not be longer: says nothing of those that can
-    assert shares.cost(Request(1, 20, 8000)) == pytest.approx(20 + GENERATED * usual, rel=0.01)
-
-
-def test_the_engine_learns_how_long_replies_are(models: Models) -> None:
-    bench = Bench(models, context=512)
-    shares, asked = bench.loop._scheduler.shares, Request(1, 10, 400)
-    before = shares.cost(asked)
-    bench.generate(some_tokens(10), count=200, user=1)
-    bench.finish()
-    assert shares.cost(asked) == pytest.approx(before + GENERATED * (200 - LONG) / REPLIES)
-    now = shares.cost(asked)
-    bench.generate(some_tokens(10), count=50, user=1)
-    bench.finish()
-    assert shares.cost(asked) == now
 
 
 def test_requests_of_one_user_keep_their_order() -> None:
@@ -167,10 +142,10 @@ def test_a_long_request_is_passed_over_for_so_long_and_no_longer(others: int) ->
     while (one := waiting.order(1)[0]) is not long:
         waiting.discard(one)
         come()
-        shares.charge(one.user_id, shares.cost(one))
+        shares.charge(one.user_id, cost(one))
         shares.go(one.user_id)
-        served += shares.cost(one)
-        assert served <= (others + 3) * OWN * shares.cost(long)
+        served += cost(one)
+        assert served <= (others + 3) * OWN * cost(long)
 
 
 def test_who_is_served_meanwhile_is_not_let_in_for_having_waited() -> None:
@@ -196,18 +171,7 @@ def test_the_room_counts_who_is_in_it(moves: list[tuple[int, bool]]) -> None:
         assert {id(one) for one in waiting} == {id(one) for one in here}
 
 
-# --- a full room
-
-
-def test_in_a_full_room_the_newest_of_the_greediest_leaves() -> None:
-    crowd = [Request(1) for _ in range(5)]
-    waiting, _ = room(*crowd, Request(2))
-    assert waiting.last_of_the_greediest(3) is crowd[-1]
-    assert waiting.last_of_the_greediest(2) is crowd[-1]
-    assert waiting.last_of_the_greediest(1) is None
-    even, _ = room(Request(1), Request(2))
-    assert even.last_of_the_greediest(3) is None
-    assert room()[0].last_of_the_greediest(1) is None
+# --- how long it will take
 
 
 @pytest.mark.parametrize("place", [0, 1, 7])
@@ -349,6 +313,23 @@ def test_prompts_of_who_has_most_of_what_runs_come_in_short_steps(models: Models
         bench.work()
         steps += 1
     assert steps == 12  # of 8 tokens each, a quarter of what others get
+
+
+def test_in_a_full_room_the_newest_of_whoever_has_most_leaves(models: Models) -> None:
+    bench = Bench(models, running=1, waiting=5)
+    running = bench.generate(some_tokens(10), count=30, user=9)
+    bench.work()
+    crowd = [bench.generate(some_tokens(10), user=1) for _ in range(4)]
+    other = bench.generate(some_tokens(10), user=2)
+    newcomer = bench.generate(some_tokens(10), user=3)
+    assert bench.failure(crowd[3]).kind == "Busy"
+    again = bench.generate(some_tokens(10), user=2)
+    assert bench.failure(crowd[2]).kind == "Busy"
+    own = bench.generate(some_tokens(10), user=1)
+    equals = bench.generate(some_tokens(10), user=3)  # with it three users would have two each
+    assert [bench.failure(job).kind for job in (own, equals)] == ["Busy"] * 2
+    bench.finish()
+    assert all(bench.end(job) == "length" for job in (running, *crowd[:2], other, newcomer, again))
 
 
 def test_a_flood_fills_the_room_and_others_still_get_in(models: Models) -> None:
