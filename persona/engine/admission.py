@@ -33,7 +33,7 @@ class Admission:
         of users with as many the newest."""
         if not self._scheduler.crowded(len(self._compiling)):
             return None
-        waiting = sorted([*self._compiling, *self._scheduler.chats], key=lambda one: one.id)
+        waiting: list[Sequence] = sorted([*self._compiling, *self._scheduler.chats], key=lambda one: one.id)
         theirs = Counter(one.user_id for one in waiting)
         return max(reversed(waiting), key=lambda one: theirs[one.user_id])
 
