@@ -20,6 +20,7 @@ from persona.engine.protocol import Example
 from persona.settings import Learning
 
 TARGET_TOKENS = 512  # of one message; of a longer one the beginning trains
+JUDGED_TOKENS = 500  # of absorbed replies that were rated or corrected: so many train again in a run
 COPIES = 3  # of one text that train, and of one text that are held out
 EVENT_SHARE = 1 / 3  # of the tokens that the user wrote: so much may events add
 LOOKBACK = 64  # entries before the first held-out one that the gate may quote in a prompt
@@ -102,7 +103,9 @@ def build(
     needed = max(1, settings.min_aged_tokens // 2)
     if new_tokens < needed:
         return Deferred(f"Only {new_tokens} new tokens to train on beside the held-out messages; {needed} are needed.")
-    old = _within(_without_copies(copies.targets(_spread(replay)), texts), settings.replay_tokens, by=lambda _: "")
+    old: list[_Target] = []
+    for some, limit in ((_judged(replay), JUDGED_TOKENS), (_scattered(replay), settings.replay_tokens)):
+        old += _within(_without_copies(copies.targets(some), texts), limit, by=lambda _: "")
     examples, passes = copies.layout(_deal(_within_event_share(new), old))
     if not examples:
         return Deferred("No message fits into one run; raise learning.max_run_tokens.")
@@ -346,12 +349,16 @@ def _deal(new: Sequence[_Target], old: Sequence[_Target]) -> list[_Target]:
     return dealt
 
 
-def _spread(entries: Sequence[Entry]) -> list[Entry]:
-    """`entries` so that, read from the end, judged replies come first and then others from all over the history."""
-    judged = [entry for entry in entries if entry.rating is not None or entry.correction is not None]
+def _judged(entries: Sequence[Entry]) -> list[Entry]:
+    """Replies that the user rated or corrected, perhaps after a version had absorbed them."""
+    return [entry for entry in entries if entry.rating is not None or entry.correction is not None]
+
+
+def _scattered(entries: Sequence[Entry]) -> list[Entry]:
+    """The others, so that the last ones are from all over the history."""
     others = [entry for entry in entries if entry.rating is None and entry.correction is None]
     # Hashes scatter the ids, and scatter them alike in every run.
-    return [*sorted(others, key=lambda entry: blake2b(b"%d" % entry.id, digest_size=8).digest()), *judged]
+    return sorted(others, key=lambda entry: blake2b(b"%d" % entry.id, digest_size=8).digest())
 
 
 def redacted(entries: Sequence[Entry]) -> tuple[Entry, ...]:

@@ -24,6 +24,7 @@ from persona.errors import ConfigurationError, RequestError
 from persona.settings import Settings
 
 SEED = 20_265
+PASSES = 2  # of several people, who between them say little twice
 MADE_BY = "people.json"
 _LONG = 20  # characters; shorter messages are anybody's
 _SHARED = 0.05  # of somebody's long messages; chats of different people have less than 0.003 in common
@@ -55,7 +56,7 @@ async def train(
 ) -> AsyncIterator[Progress]:
     """Write adapter.safetensors into the folder `out`; the base's own replies are rehearsed as in a user's run."""
     rehearsed = await rehearsal.examples(some, SEED)
-    wanted = plan(settings.learning.model_copy(update={"max_run_tokens": 0}), settings.learning.passes)
+    wanted = plan(settings.learning.model_copy(update={"max_run_tokens": 0}), PASSES)
     async for progress in engine.train(TrainRequest([*some, *rehearsed], wanted, str(out))):
         yield progress
 

@@ -116,7 +116,7 @@ class Learning(Section):
     min_aged_tokens: int = Field(500, ge=1, description="new own tokens that make a user due after max_age_hours")
     held_out_messages: int = Field(20, ge=2, description="newest messages that no version has seen, at least")
     held_out_tokens: int = Field(500, ge=1, description="own tokens in the held-out messages, at least")
-    replay_tokens: int = Field(4000, ge=0, description="own tokens of absorbed history trained again beside the new")
+    replay_tokens: int = Field(0, ge=0, description="own tokens of absorbed history, ratings aside, trained again")
     max_run_tokens: int = Field(60000, ge=1000, description="tokens, context included, that one run may train on")
     context_tokens: int = Field(96, ge=0, description="masked context before each target")
     quoted_tokens: int = Field(
@@ -125,7 +125,7 @@ class Learning(Section):
     rank: int = Field(2, ge=1, le=64, description="rank of the adapter")
     alpha: float = Field(4.0, gt=0, description="LoRA alpha")
     layers: float = Field(0.9, gt=0, le=1, description="share of the layers, from the top, that an adapter changes")
-    passes: int = Field(2, ge=1, description="times the examples are seen in one run")
+    passes: int = Field(1, ge=1, description="times the examples are seen in one run")
     learning_rate: float = Field(
         3e-3, gt=0, description="peak learning rate; messages of more than 32 words on average have a slower one"
     )

@@ -164,7 +164,7 @@ def test_prompts_of_held_out_messages_may_quote_what_came_before() -> None:
 
 
 def test_each_message_trains_in_both_frames_and_the_frames_alternate() -> None:
-    data = built(own(10))
+    data = built(own(10), learning(passes=2))
     assert Counter(sample.frame for sample in data.examples) == {Frame.TURN: 7, Frame.DRAFT: 7}
     kinds = [sample.frame for sample in data.examples]
     assert all(left is not right for left, right in pairwise(kinds[:7]))
@@ -403,7 +403,7 @@ def test_threat_12_a_dataset_is_made_of_one_users_entries() -> None:
 
 def test_breadth_comes_before_repetition() -> None:
     entries = own(103)
-    wide = built(entries, learning(max_run_tokens=60_000))
+    wide = built(entries, learning(max_run_tokens=60_000, passes=2))
     one = sum(len(sample.example.tokens) for sample in wide.examples)
     assert wide.passes == 2
     single = built(entries, learning(max_run_tokens=one))
@@ -447,8 +447,21 @@ def test_absorbed_history_is_replayed_from_all_over_within_its_budget() -> None:
 
 def test_feedback_on_an_absorbed_reply_is_replayed_first() -> None:
     judged = entry(5, "good answer", Role.ASSISTANT, Origin.REPLY, rating=1, finish=Finish.STOP)
-    data = built(own(30, start=401), learning(replay_tokens=20), replay=[*own(4), judged, *own(300, start=6)])
-    assert texts(data, Frame.REPLY) == ["good answer"]
+    for tokens in (0, 20):
+        data = built(own(30, start=401), learning(replay_tokens=tokens), replay=[*own(4), judged, *own(300, start=6)])
+        assert texts(data, Frame.REPLY) == ["good answer"]
+        assert {sample.entry_id for sample in data.examples if sample.entry_id < 401} > {5} or not tokens
+
+
+def test_of_ratings_the_newest_are_replayed_within_a_bound() -> None:
+    judged = [
+        entry(n, f"good answer {chr(64 + n)}" * 8, Role.ASSISTANT, Origin.REPLY, rating=1, finish=Finish.STOP)
+        for n in range(1, 21)
+    ]
+    data = built(own(30, start=401), learning(replay_tokens=0), replay=judged)
+    replayed = sorted({sample.entry_id for sample in data.examples if sample.entry_id < 401})
+    assert replayed[-1] == 20
+    assert len(replayed) == dataset.JUDGED_TOKENS // (13 * 8)
 
 
 def test_replay_does_not_crowd_out_the_new() -> None:

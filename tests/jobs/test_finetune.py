@@ -59,7 +59,8 @@ async def test_the_plan_comes_from_the_settings(world: World, ann: User, tell: T
     await tell(40)
     await world.train(ann)
     plan, wanted = world.engine.trained[0].plan, world.settings.learning
-    assert (plan.rank, plan.alpha, plan.layers, plan.passes) == (wanted.rank, wanted.alpha, wanted.layers, 2)
+    assert (plan.rank, plan.alpha, plan.layers) == (wanted.rank, wanted.alpha, wanted.layers)
+    assert plan.passes == wanted.passes
     assert (plan.learning_rate, plan.batch_tokens, plan.slice_tokens) == (
         wanted.learning_rate,
         wanted.batch_tokens,
@@ -97,9 +98,8 @@ async def test_the_next_run_goes_on_from_the_version_that_serves(world: World, a
     assert second is not None
     assert (run.version, second.parent, second.watermark) == (2, 1, 57)
     assert world.engine.trained[1].start == ref(first)
-    new = {row.entry_id for row in await world.runs.examples(run.id) if row.entry_id > 37}
-    assert new == set(range(38, 58))
-    assert {row.entry_id for row in await world.runs.examples(run.id)} > new  # replay
+    again = {row.entry_id for row in await world.runs.examples(run.id)}
+    assert again == set(range(38, 58))  # of what was absorbed nothing
 
 
 async def test_another_shape_starts_from_zero_on_the_whole_history(world: World, ann: User, tell: Tell) -> None:
