@@ -56,11 +56,13 @@ async def test_threat_11_a_run_records_where_each_example_came_from(world: World
 
 
 async def test_the_plan_comes_from_the_settings(world: World, ann: User, tell: Tell) -> None:
+    learning = world.settings.learning.model_copy(update={"passes": 2})
+    world.settings = world.settings.model_copy(update={"learning": learning})
     await tell(40)
     await world.train(ann)
     plan, wanted = world.engine.trained[0].plan, world.settings.learning
     assert (plan.rank, plan.alpha, plan.layers) == (wanted.rank, wanted.alpha, wanted.layers)
-    assert plan.passes == wanted.passes
+    assert plan.passes == wanted.passes == 2
     assert (plan.learning_rate, plan.batch_tokens, plan.slice_tokens) == (
         wanted.learning_rate,
         wanted.batch_tokens,

@@ -166,6 +166,15 @@ def test_each_history_has_an_equal_share_and_only_own_words_are_targets() -> Non
     assert not any("never" in TEXT.decode([e.tokens[t] for t in e.targets]) for e in found)
 
 
+async def test_a_prior_is_trained_twice_over_whatever_a_users_run_is(world: World, tmp_path: Path) -> None:
+    some = prior.examples([own(60)], tokenizer=TEXT, settings=world.settings, tokens=6000)
+    rehearsal = world.finetune().rehearsal
+    assert [step async for step in prior.train(world.engine, rehearsal, some, world.settings, tmp_path)]
+    plan = world.engine.trained[0].plan
+    assert (plan.passes, plan.max_tokens) == (2, 0)
+    assert world.settings.learning.passes == 1
+
+
 def test_histories_without_words_are_no_prior() -> None:
     with pytest.raises(RequestError, match="None of these histories"):
         prior.examples([[], []], tokenizer=TEXT, settings=Settings(), tokens=6000)

@@ -1,15 +1,20 @@
 """Compiles every kernel for GPUs that need not be there: `python compile_all.py bf16 80 90` (compute capabilities).
 
-One line a kernel: capability, name, bytes of machine code, bytes of shared memory.
+One line a kernel: capability, name, bytes of machine code, of shared memory, and of registers that it spills.
 """
 
+import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from persona.engine.kernels import reference
 from persona.engine.kernels import triton_attention as attention
@@ -50,9 +55,22 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], c
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
 
+def spilled(made: Any, capability: int) -> int:
+    """Bytes that are stored because registers ran out, as the assembler tells."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(made.asm["ptx"])
+        file.flush()
+        target = f"--gpu-name=sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [get_ptxas(capability).path, "-v", target, file.name, "-o", os.devnull]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.findall(r"(\d+) bytes spill stores", told)
+    assert found, told
+    return sum(map(int, found))
+
+
 if __name__ == "__main__":
     for wanted in map(int, sys.argv[2:]):
         for function, pointers, constants in kernels(sys.argv[1]):
             made = compiled(function, pointers, constants, wanted)
             size, name = len(made.asm["cubin"]), function.fn.__name__
-            sys.stdout.write(f"{wanted} {name} {size} {made.metadata.shared}\n")
+            sys.stdout.write(f"{wanted} {name} {size} {made.metadata.shared} {spilled(made, wanted)}\n")
