@@ -115,12 +115,15 @@ def scheduler(pages: int = 8, running: int = 4, prefill: int = 16) -> Scheduler:
     return Scheduler(pool, plain_tiers(pool), max_running=running, max_waiting=3, prefill_tokens=prefill)
 
 
-def test_the_waiting_room_is_full_at_its_bound() -> None:
+def test_the_waiting_room_is_crowded_beyond_its_bound_and_scores_wait_elsewhere() -> None:
     rooms = scheduler()
     for number in range(3):
-        assert not rooms.full()
         rooms.add(sequence(number, 8, 8))
-    assert rooms.full()
+        rooms.add(sequence(10 + number, 8, 8, background=True))
+        assert not rooms.crowded()
+    assert rooms.crowded(1)
+    rooms.add(sequence(3, 8, 8))
+    assert rooms.crowded()
 
 
 def test_nobody_overtakes_a_large_request() -> None:
