@@ -1,4 +1,4 @@
-"""The key-value cache in pages, and attention over it: of decode rows by the device's own path, of prompts in torch.
+"""The key-value cache in pages, and attention over it: by the device's own path.
 
     one page: [layers, 2, size, kv_heads, head_dim]      keys (0) and values (1) of `size` tokens in every layer
     token t of a sequence lives in page `pages[t // size]`, place `t % size`
@@ -8,14 +8,11 @@ owner, not even a NaN behind a mask, reaches a later one. A full page may be rea
 version (prefix.py), and is not written again meanwhile.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 
 from persona.engine.kernels import reference
-from persona.engine.kernels.choice import kernels
-from persona.engine.kernels.reference import DecodeRows
+from persona.engine.kernels.choice import Kernels, kernels
+from persona.engine.kernels.reference import DecodeRows, Piece, PromptRows
 from persona.engine.memory import Memory
 from persona.engine.shape import Shape
 
@@ -52,24 +49,9 @@ class KvCache:
         keys.index_copy_(0, slots, k)
         values.index_copy_(0, slots, v)
 
-    def read(self, layer: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """pages: [rows, n] → k, v: [rows, kv_heads, n · size, dim]."""
-        keys, values = self.layer(layer)
-        return reference.gathered(keys, pages), reference.gathered(values, pages)
-
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer: views [pages, size, kv_heads, dim]."""
         return self._read[layer]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptRows:
-    """One segment of a prompt: rows start…end of the step. mask: [end − start, n · size], True where seen."""
-
-    start: int
-    end: int
-    pages: torch.Tensor  # [1, n]
-    mask: torch.Tensor
 
 
 def decode(q: torch.Tensor, cache: KvCache, layer: int, rows: DecodeRows) -> torch.Tensor:
@@ -79,8 +61,16 @@ def decode(q: torch.Tensor, cache: KvCache, layer: int, rows: DecodeRows) -> tor
     return attend(q, *cache.layer(layer), rows)
 
 
-def prompt(q: torch.Tensor, cache: KvCache, layer: int, rows: PromptRows) -> torch.Tensor:
+def prompts(q: torch.Tensor, cache: KvCache, layer: int, rows: PromptRows) -> torch.Tensor:
     """q: [tokens, heads, dim] → [tokens, heads · dim]."""
-    k, v = cache.read(layer, rows.pages)
-    out = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=rows.mask, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1).reshape(q.shape[0], -1)
+    quick = kernels(q.device.type)
+    attend = reference.attend_prompts if quick is None else quick.attend_prompts
+    return attend(q, *cache.layer(layer), rows)
+
+
+def compile_ahead(cache: KvCache, quick: Kernels, shape: Shape, dtype: torch.dtype) -> None:
+    """The kernel of prompts, on one token: no step shall wait for a compiler."""
+    device = cache.memory.bytes.device
+    rows = PromptRows.of([Piece(0, 1, 0, [0])], cache.size, device, masks=False)
+    q = torch.zeros(1, shape.heads, shape.head_dim, dtype=dtype, device=device)
+    quick.attend_prompts(q, *cache.layer(0), rows)

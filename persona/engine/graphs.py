@@ -56,9 +56,10 @@ class DecodeGraphs:
         self._last: _Recording | None = None
 
     def prepare(self) -> None:
-        """Record every size, the largest first: they share memory. Adapters of prompts are compiled, too."""
+        """Record every size, the largest first: they share memory. What prompts need is compiled, too."""
         decoder = self._decoder
         lora.compile_ahead(self._kernels, decoder.shape, decoder.dtype, decoder.device)
+        attention.compile_ahead(self._cache, self._kernels, decoder.shape, decoder.dtype)
         for size in reversed(buckets.BUCKETS):
             for adapted in (True, False):
                 self._recording(size, adapted)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from persona.engine import attention, logprobs
-from persona.engine.attention import KvCache, PromptRows
+from persona.engine.attention import KvCache
 from persona.engine.buckets import Row
 from persona.engine.decoder import Decoder
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels.choice import kernels
 from persona.engine.kernels.native import NativeSteps, Part
-from persona.engine.kernels.reference import DecodeRows
+from persona.engine.kernels.reference import DecodeRows, Piece, PromptRows
 from persona.engine.lora import Resident, StepAdapters
 from persona.engine.protocol import TokenLogprob
 from persona.engine.scheduler import Plan, Segment, Sequence
@@ -117,14 +117,15 @@ class Runner:
         tokens = [s.tokens[s.computed] for s in decode]
         positions = [s.computed for s in decode]
         slots = [self._slot(s, s.computed) for s in decode]
-        prompts, segments = [], []
+        pieces, segments = list[Piece](), []
         for segment in prefill:
             start, sequence = len(tokens), segment.sequence
             self._clear(segment)
             tokens += sequence.tokens[segment.start : segment.end]
             positions += range(segment.start, segment.end)
             slots += [self._slot(sequence, t) for t in range(segment.start, segment.end)]
-            prompts.append(self._prompt_rows(segment, start))
+            pages = sequence.pages[: -(-segment.end // self._cache.size)]
+            pieces.append(Piece(start - len(decode), len(tokens) - len(decode), segment.start, pages))
             if (adapter := adapters[sequence.id]) is not None:
                 segments.append((start, len(tokens), adapter))
         self._adapters.arrange([adapters[s.id] for s in decode], segments)
@@ -134,7 +135,7 @@ class Runner:
             self._decoder.rotary(self._tensor(positions)),
             self._tensor(slots),
             rows,
-            prompts,
+            self._prompt_rows(pieces) if pieces else None,
             self._cache,
             self._adapters,
             len(decode),
@@ -146,12 +147,9 @@ class Runner:
         pages = self._tensor([(s.pages[:used] + s.pages[:1] * used)[:used] for s in decode])
         return DecodeRows.of(pages, self._tensor([s.computed + 1 for s in decode]), size)
 
-    def _prompt_rows(self, segment: Segment, start: int) -> PromptRows:
-        size = self._cache.size
-        pages = segment.sequence.pages[: -(-segment.end // size)]
-        positions = torch.arange(segment.start, segment.end, device=self._decoder.device)
-        seen = torch.arange(len(pages) * size, device=positions.device) <= positions[:, None]
-        return PromptRows(start, start + segment.end - segment.start, self._tensor([pages]), seen)
+    def _prompt_rows(self, pieces: list[Piece]) -> PromptRows:
+        device = self._decoder.device
+        return PromptRows.of(pieces, self._cache.size, device, masks=kernels(device.type) is None)
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         page, place = divmod(position, self._cache.size)
@@ -193,7 +191,7 @@ class _Step:
     rotary: tuple[torch.Tensor, torch.Tensor]
     slots: torch.Tensor
     decode: DecodeRows | None
-    prompts: list[PromptRows]
+    prompts: PromptRows | None
     cache: KvCache
     adapters: StepAdapters
     rows: int  # how many decode rows
@@ -206,7 +204,8 @@ class _Step:
         parts = []
         if self.decode is not None:
             parts.append(attention.decode(q[: self.rows], self.cache, layer, self.decode))
-        parts += [attention.prompt(q[rows.start : rows.end], self.cache, layer, rows) for rows in self.prompts]
+        if self.prompts is not None:
+            parts.append(attention.prompts(q[self.rows :], self.cache, layer, self.prompts))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

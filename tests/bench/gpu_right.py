@@ -12,7 +12,7 @@ from persona.engine.buckets import Layout
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels import reference
 from persona.engine.kernels.choice import Kernels
-from persona.engine.kernels.reference import BLOCK, FEW, DecodeRows
+from persona.engine.kernels.reference import BLOCK, FEW, QUERIES, DecodeRows, Piece, PromptRows
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Plan
 from persona.engine.shape import TARGETS
@@ -37,6 +37,7 @@ def errors(bench: Bench) -> Iterator[Error]:
     """Of each kernel alone, against fp32; of steps of a model of two layers, against the same steps in plain torch."""
     limit = 2 * ROUNDING if bench.dtype == torch.bfloat16 else 1e-4
     yield Error("attention", attention_error(bench), limit)
+    yield Error("attention of prompts", prompt_attention_error(bench), limit)
     yield Error("adapters", adapter_error(bench), limit)
     yield Error("adapters of prompts", prompt_adapter_error(bench), limit)
     for form in ("nf4", "int4"):
@@ -66,6 +67,22 @@ def attention_error(bench: Bench) -> float:
     q = bench.random(len(lengths), shape.heads, shape.head_dim)
     wanted = reference.attend(q.float(), keys.float().nan_to_num(), values.float().nan_to_num(), rows)
     return share(bench.kernels.attend(q, keys, values, rows), wanted)
+
+
+def prompt_attention_error(bench: Bench) -> float:
+    """Two pieces of a prompt's beginning and one behind the longest context, each a little more than a block."""
+    shape, count, longest = bench.size.shape, QUERIES + 3, max(bench.size.lengths)
+    width = pages(longest + count)
+    keys, values = (bench.random(3 * width, PAGE, shape.kv_heads, shape.head_dim) for _ in range(2))
+    table = torch.randperm(len(keys)).view(3, width).tolist()
+    pieces = [
+        Piece(number * count, number * count + count, first, table[number][: pages(first + count)])
+        for number, first in enumerate((0, PAGE - 1, longest))
+    ]
+    q = bench.random(3 * count, shape.heads, shape.head_dim)
+    plain, ours = (PromptRows.of(pieces, PAGE, bench.device, masks=masks) for masks in (True, False))
+    wanted = reference.attend_prompts(q.float(), keys.float(), values.float(), plain)
+    return share(bench.kernels.attend_prompts(q, keys, values, ours), wanted)
 
 
 def adapter_error(bench: Bench) -> float:

@@ -12,7 +12,7 @@ from persona.engine.buckets import Layout
 from persona.engine.decoder import Decoder
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels import reference
-from persona.engine.kernels.reference import DecodeRows
+from persona.engine.kernels.reference import DecodeRows, Piece, PromptRows
 from persona.engine.lora import Blocks, Gathered, Resident
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Plan
@@ -27,6 +27,7 @@ def measures(bench: Bench) -> dict[str, Callable[[], None]]:
     return {
         "products": lambda: products(bench),
         "attention": lambda: attention_speed(bench, made("nf4")),
+        "attention of prompts": lambda: prompt_attention_speed(bench, made("nf4")),
         "adapters": lambda: adapter_speed(bench, made("nf4")),
         "adapters of prompts": lambda: prompt_adapter_speed(bench, made("nf4")),
         "decode nf4": lambda: decode(bench, made("nf4"), "nf4"),
@@ -100,6 +101,35 @@ def attention_speed(bench: Bench, base: Decoder) -> None:
                 torchs = bench.seconds(lambda over=over: over(reference.attend))  # type: ignore[misc]
                 figures["torch_ms"] = round(1000 * torchs, 3)
             bench.report("attention", length=length, rows=rows, **figures)
+            del store
+
+
+def prompt_attention_speed(bench: Bench, base: Decoder, tokens: int = 256) -> None:
+    """All layers' attention of a step's prompts, behind so many tokens each: of one prompt, and of eight."""
+    shape = bench.size.shape
+    for length in bench.size.lengths:
+        for count in (1, 8):
+            rows, needed = tokens // count, pages(length + tokens // count)
+            if not bench.fits(cache_bytes(bench.size, base, count, length + rows)):
+                bench.report("attention of prompts", length=length, prompts=count, left_out="not enough memory")
+                continue
+            store = cache(bench.size, base, count, length + rows)
+            pieces = [
+                Piece(at * rows, at * rows + rows, length, list(range(at * needed, at * needed + needed)))
+                for at in range(count)
+            ]
+            seen, plain = (PromptRows.of(pieces, PAGE, bench.device, masks=masks) for masks in (False, True))
+            q = torch.randn(tokens, shape.heads, shape.head_dim, dtype=base.dtype, device=bench.device)
+
+            def over(
+                attend: Callable[..., torch.Tensor], rows: PromptRows, q: torch.Tensor = q, store: KvCache = store
+            ) -> torch.Tensor:
+                return [attend(q, *store.layer(layer), rows) for layer in range(shape.layers)][-1]
+
+            ours = bench.seconds(lambda o=over, s=seen: o(bench.kernels.attend_prompts, s))  # type: ignore[misc]
+            torchs = bench.seconds(lambda o=over, s=plain: o(reference.attend_prompts, s))  # type: ignore[misc]
+            figures = {"ms": round(1000 * ours, 3), "torch_ms": round(1000 * torchs, 3)}
+            bench.report("attention of prompts", length=length, prompts=count, tokens=tokens, **figures)
             del store
 
 

@@ -107,7 +107,8 @@ def pages() -> None:
         def inside(some: torch.Tensor = some, k: torch.Tensor = k, slots: torch.Tensor = slots) -> None:
             for layer in range(shape.layers):
                 cache.write(layer, slots, k, k)
-                cache.read(layer, some)
+                for pool in cache.layer(layer):
+                    reference.gathered(pool, some)
 
         def outside(some: torch.Tensor = some, k: torch.Tensor = k) -> None:
             for layer in range(shape.layers):

@@ -39,6 +39,7 @@ def test_everything_runs_on_a_tiny_shape_and_makes_a_section(tmp_path: Path) -> 
         "device",
         "4-bit product",
         "attention",
+        "attention of prompts",
         "adapters",
         "adapters of prompts",
         "decode, tokens/s",

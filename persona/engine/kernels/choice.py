@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
-from persona.engine.kernels.reference import DecodeRows
+from persona.engine.kernels.reference import DecodeRows, PromptRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Kernels:
     """Signatures are those of reference.py, but for adapters, which are read by address: see triton_lora.py."""
 
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DecodeRows], torch.Tensor]
+    attend_prompts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PromptRows], torch.Tensor]
     adapt: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     adapt_blocks: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     int4: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,5 +52,10 @@ def triton_kernels() -> Kernels:
     from persona.engine.kernels import triton_attention, triton_fourbit, triton_lora
 
     return Kernels(
-        triton_attention.attend, triton_lora.adapt, triton_lora.adapt_blocks, triton_fourbit.int4, triton_fourbit.nf4
+        triton_attention.attend,
+        triton_attention.attend_prompts,
+        triton_lora.adapt,
+        triton_lora.adapt_blocks,
+        triton_fourbit.int4,
+        triton_fourbit.nf4,
     )

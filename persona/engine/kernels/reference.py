@@ -9,6 +9,7 @@ adapters in lora.py, torch's int4 kernel in weights.py) stands here in its short
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from persona.engine import quantize
 
 FEW = 32  # rows up to which there are kernels for 4-bit products
 BLOCK = 32  # rows of a prompt that a kernel takes together
+QUERIES = 64  # the same for attention
 # QLoRA (Dettmers et al. 2023), appendix E: the values of NF4's sixteen codes.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -43,6 +45,50 @@ class DecodeRows:
         return cls(pages, lengths, seen[:, None, None, :])
 
 
+class Piece(NamedTuple):
+    """Of a prompt: rows start…end of the step's prompts, the first of them token `first` of its sequence."""
+
+    start: int
+    end: int
+    first: int
+    pages: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Pieces of prompts, a few rows of one piece at a time.
+
+    pages: [pieces, n], short ones padded with any page · blocks: int32 [blocks, 4]: first row, rows (≤ QUERIES),
+    position of the first, piece · masks: of each piece [rows, n · size], True where seen; empty where kernels do it
+    """
+
+    pieces: list[Piece]
+    pages: torch.Tensor
+    blocks: torch.Tensor
+    masks: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, pieces: list[Piece], size: int, device: torch.device, *, masks: bool) -> "PromptRows":
+        most = max(len(piece.pages) for piece in pieces)
+        pages = [(piece.pages + piece.pages[:1] * most)[:most] for piece in pieces]
+        blocks = [
+            (at, min(QUERIES, piece.end - at), piece.first + at - piece.start, number)
+            for number, piece in enumerate(pieces)
+            for at in range(piece.start, piece.end, QUERIES)
+        ]
+        return cls(
+            pieces,
+            torch.tensor(pages, dtype=torch.int64, device=device),
+            torch.tensor(blocks, dtype=torch.int32, device=device),
+            [_mask(piece, size, device) for piece in pieces] if masks else [],
+        )
+
+
+def _mask(piece: Piece, size: int, device: torch.device) -> torch.Tensor:
+    positions = torch.arange(piece.first, piece.first + piece.end - piece.start, device=device)
+    return torch.arange(len(piece.pages) * size, device=device) <= positions[:, None]
+
+
 def gathered(pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     """pool: [pages, size, kv_heads, dim] · pages: [rows, n] → [rows, kv_heads, n · size, dim]."""
     found = pool.index_select(0, pages.flatten())  # [rows · n, size, kv_heads, dim]
@@ -54,6 +100,18 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Deco
     k, v = gathered(keys, rows.pages), gathered(values, rows.pages)
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=rows.mask).reshape(q.shape[0], -1)
+
+
+def attend_prompts(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: PromptRows) -> torch.Tensor:
+    """q: [tokens, heads, dim] → [tokens, heads · dim]. Each token sees those before it in its sequence, and itself."""
+    parts = []
+    for number, (piece, mask) in enumerate(zip(rows.pieces, rows.masks, strict=True)):
+        pages = rows.pages[number : number + 1, : len(piece.pages)]
+        k, v = gathered(keys, pages), gathered(values, pages)
+        query = q[piece.start : piece.end].transpose(0, 1).unsqueeze(0)
+        found = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, enable_gqa=True)
+        parts.append(found.squeeze(0).transpose(0, 1).reshape(piece.end - piece.start, -1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def adapt(x: torch.Tensor, y: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:

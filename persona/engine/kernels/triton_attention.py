@@ -5,17 +5,21 @@
 
 Each part keeps an online softmax (Milakov and Gimelshein 2018) over its tokens; a second kernel joins a row's parts.
 Where a row is split depends on its own length alone, so its result does not depend on who stands beside it.
+
+Prompts of a step are one launch, too: QUERIES rows of one prompt and one query head are a program, which goes through
+the tokens before them and those among them that each row sees (FlashAttention-2, Dao 2023; over pages).
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from persona.engine.kernels.reference import DecodeRows
+from persona.engine.kernels.reference import QUERIES, DecodeRows, PromptRows
 from persona.engine.kernels.triton_product import LEAST, operand
 
 SPLIT = 256  # tokens of a part
 BLOCK = 32  # tokens at a time
+WARPS = 8  # of a program for prompts, which would spill registers with the usual four
 
 
 @triton.jit
@@ -106,4 +110,58 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Deco
         TYPE=operand(q.dtype),
     )  # fmt: skip
     _join[count, heads](parts, sums, rows.lengths, out, rows.lengths.stride(0), most, dim, SPLIT=SPLIT, DIM=lanes)
+    return out.view(count, -1)
+
+
+@triton.jit
+def _prompts(
+    q, keys, values, table, blocks, out,
+    q_row, q_head, k_page, k_place, k_head, v_page, v_place, v_head, table_row, scale, size, dim, group,
+    QUERIES: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """One block of one prompt's rows, for one query head. out: [rows, heads, dim]."""
+    block, head = blocks + tl.program_id(0) * 4, tl.program_id(1)
+    count, position = tl.load(block + 1), tl.load(block + 2)
+    table += tl.load(block + 3) * table_row
+    lines, dims = tl.arange(0, QUERIES), tl.arange(0, DIM)
+    rows = (tl.load(block) + lines).to(tl.int64)
+    ours = (lines < count)[:, None] & (dims < dim)[None, :]
+    query = tl.load(q + rows[:, None] * q_row + head * q_head + dims[None, :], mask=ours, other=0.0).to(TYPE)
+
+    best = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    found = tl.zeros([QUERIES, DIM], tl.float32)
+    for first in range(0, position + count, BLOCK):
+        tokens = first + tl.arange(0, BLOCK)
+        there = tokens < position + count
+        page = tl.load(table + tokens // size, mask=there, other=0).to(tl.int64)
+        place = tokens % size
+        inside = there[:, None] & (dims < dim)[None, :]
+        k_at = keys + page * k_page + place * k_place + head // group * k_head
+        k = tl.load(k_at[:, None] + dims[None, :], mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(k.to(TYPE)), input_precision="ieee") * scale
+        scores = tl.where(tokens[None, :] <= position + lines[:, None], scores, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))  # finite: every row sees the first token of all
+        weights = tl.exp(scores - higher[:, None])
+        fade = tl.exp(best - higher)
+        v_at = values + page * v_page + place * v_place + head // group * v_head
+        v = tl.load(v_at[:, None] + dims[None, :], mask=inside, other=0.0)
+        total = total * fade + tl.sum(weights, 1)
+        found = found * fade[:, None] + tl.dot(weights.to(v.dtype).to(TYPE), v.to(TYPE), input_precision="ieee")
+        best = higher
+    at = (rows * tl.num_programs(1) + head) * dim
+    tl.store(out + at[:, None] + dims[None, :], (found / total[:, None]).to(out.dtype.element_ty), mask=ours)
+
+
+def attend_prompts(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: PromptRows) -> torch.Tensor:
+    """As reference.attend_prompts; strides as above."""
+    assert q.stride(-1) == keys.stride(-1) == values.stride(-1) == rows.pages.stride(-1) == 1
+    (count, heads, dim), (_, size, kv_heads, _) = q.shape, keys.shape
+    out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
+    _prompts[len(rows.blocks), heads](
+        q, keys, values, rows.pages, rows.blocks, out,
+        q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3],
+        rows.pages.stride(0), dim**-0.5, size, dim, heads // kv_heads,
+        QUERIES=QUERIES, BLOCK=BLOCK, DIM=triton.next_power_of_2(dim), TYPE=operand(q.dtype), num_warps=WARPS,
+    )  # fmt: skip
     return out.view(count, -1)

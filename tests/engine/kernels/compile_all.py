@@ -32,6 +32,9 @@ def kernels(kind: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     pointers = {"table": int64, "lengths": int64, "parts": fp32, "sums": fp32}
     yield attention._part, {"q": x, "keys": x, "values": x, **pointers}, part
     yield attention._join, {"out": x, **pointers}, {"SPLIT": attention.SPLIT, "DIM": 128}
+    tile = {"QUERIES": reference.QUERIES, "BLOCK": attention.BLOCK, "DIM": 128, "TYPE": operand(TYPES[kind])}
+    pointers = {"q": x, "keys": x, "values": x, "out": x, "table": int64, "blocks": "*i32"}
+    yield attention._prompts, pointers, {**tile, "num_warps": attention.WARPS}
     ranks = {"RANKS": lora.RANKS, "LANES": lora.LANES}
     pointers = {"table": int64, "narrow": fp32}
     yield lora._shrink, {"x": x, **pointers}, {**ranks, "CHUNK": lora.CHUNK, "INPUTS": lora.INPUTS}
@@ -47,12 +50,13 @@ def kernels(kind: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
 
 
 def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
-    """What is neither pointer nor constant is an int; `scale` is a float."""
+    """What is neither pointer nor constant is an int; `scale` is a float. num_warps is how it is launched."""
+    options = {"num_warps": constants.pop("num_warps", 4)}
     scalars = {name: "fp32" if name == "scale" else "i32" for name in kernel.arg_names}
     types = {name: pointers.get(name, kind) for name, kind in scalars.items()} | dict.fromkeys(constants, "constexpr")
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(kernel, types, values)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def spilled(made: Any, capability: int) -> int:

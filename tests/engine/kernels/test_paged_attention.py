@@ -9,7 +9,7 @@ import torch
 
 from persona.engine.kernels import reference
 from persona.engine.kernels.choice import Kernels
-from persona.engine.kernels.reference import DecodeRows
+from persona.engine.kernels.reference import QUERIES, DecodeRows, Piece, PromptRows
 
 SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8, torch.float16: 3 * 2**-11}
@@ -19,35 +19,76 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-class Case:
-    """A pool in which everything that no row may see is NaN, and queries of rows of the given lengths."""
+class Pool:
+    """Pages of sequences of the given lengths, in which everything that none of them wrote is NaN."""
 
-    def __init__(self, lengths: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype, size: int = SIZE):
+    def __init__(self, lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype, size: int = SIZE):
         needed = [-(-length // size) for length in lengths]
         order = torch.randperm(sum(needed) + 2, generator=torch.Generator().manual_seed(2)).tolist()
         # As the pool lies: keys and values of all layers of a page side by side.
         self.pool = torch.full((len(order), 3, 2, size, kv_heads, dim), torch.nan, dtype=dtype)
         self.keys, self.values = self.pool[:, 1, 0], self.pool[:, 1, 1]
-        table = torch.full((len(lengths), max(needed) + 1), order.pop())
-        for row, (length, count) in enumerate(zip(lengths, needed, strict=True)):
-            for place in range(count):
-                table[row, place] = page = order.pop()
+        self.spare, self.pages = order.pop(), list[list[int]]()
+        for length, count in zip(lengths, needed, strict=True):
+            self.pages.append([order.pop() for _ in range(count)])
+            for place, page in enumerate(self.pages[-1]):
                 inside = min(size, length - place * size)
                 self.keys[page, :inside] = random(inside, kv_heads, dim, seed=page).to(dtype)
                 self.values[page, :inside] = random(inside, kv_heads, dim, seed=page + 1000).to(dtype)
+
+    @property
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in fp32, without the NaN."""
+        return self.keys.float().nan_to_num(), self.values.float().nan_to_num()
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert (found.float() - wanted).abs().max() <= TOLERANCE[found.dtype] * wanted.abs().max()
+
+
+class Case:
+    """Queries of decode rows of the given lengths."""
+
+    def __init__(self, lengths: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype, size: int = SIZE):
+        pool = self.pool = Pool(lengths, kv_heads, dim, dtype, size)
+        self.keys, self.values = pool.keys, pool.values
+        table = torch.full((len(lengths), max(map(len, pool.pages)) + 1), pool.spare)
+        for row, pages in enumerate(pool.pages):
+            table[row, : len(pages)] = torch.tensor(pages)
         self.q = (2 * random(len(lengths), heads, dim)).to(dtype)
         self.rows = DecodeRows.of(table, torch.tensor(lengths), size)
 
     def wanted(self) -> torch.Tensor:
-        """What the reference makes of it in fp32, without the NaN."""
-        keys, values = self.keys.float().nan_to_num(), self.values.float().nan_to_num()
-        return reference.attend(self.q.float(), keys, values, self.rows)
+        """What the reference makes of it in fp32."""
+        return reference.attend(self.q.float(), *self.pool.plain, self.rows)
 
     def check(self, kernels: Kernels) -> torch.Tensor:
         found = kernels.attend(self.q, self.keys, self.values, self.rows)
         assert found.dtype == self.q.dtype
-        wanted = self.wanted()
-        assert (found.float() - wanted).abs().max() <= TOLERANCE[self.q.dtype] * wanted.abs().max()
+        close(found, self.wanted())
+        return found
+
+
+class Prompts:
+    """Pieces of prompts, each (first token, token after the last) of its sequence, one behind the other."""
+
+    def __init__(
+        self, pieces: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, dtype: torch.dtype, size: int = SIZE
+    ):
+        self.pool, self.pieces, start = Pool([end for _, end in pieces], kv_heads, dim, dtype, size), list[Piece](), 0
+        for (first, end), pages in zip(pieces, self.pool.pages, strict=True):
+            self.pieces.append(Piece(start, start + end - first, first, pages))
+            start += end - first
+        self.q = (2 * random(start, heads, dim)).to(dtype)
+        self.size = size
+
+    def rows(self, *, masks: bool) -> PromptRows:
+        return PromptRows.of(self.pieces, self.size, self.q.device, masks=masks)
+
+    def check(self, kernels: Kernels) -> torch.Tensor:
+        found = kernels.attend_prompts(self.q, self.pool.keys, self.pool.values, self.rows(masks=False))
+        assert found.dtype == self.q.dtype
+        close(found, reference.attend_prompts(self.q.float(), *self.pool.plain, self.rows(masks=True)))
         return found
 
 
@@ -85,3 +126,37 @@ def test_queries_may_be_a_part_of_a_wider_product(kernels: Kernels) -> None:
     parts, wanted = wide[:, :4], case.wanted()
     assert not parts.is_contiguous()
     assert torch.allclose(kernels.attend(parts, case.keys, case.values, case.rows), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 1, 64), (2, 2, 128), (6, 2, 64), (4, 2, 80)])
+def test_tokens_of_prompts_see_what_stands_before_them_and_no_more(
+    kernels: Kernels, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    """Pieces that begin and end around the edges of pages and of blocks, behind what was computed before."""
+    pieces = [(0, 1), (0, SIZE), (3, SIZE + 1), (SIZE, SIZE + 5), (5, 5 + QUERIES + 1), (2 * SIZE - 1, 2 * SIZE)]
+    Prompts(pieces, heads, kv_heads, dim, dtype).check(kernels)
+
+
+@pytest.mark.parametrize("size", [8, 48, 256])
+def test_prompts_on_pages_of_any_size(kernels: Kernels, size: int) -> None:
+    Prompts([(0, size), (size - 1, size + 2)], 4, 2, 64, torch.float32, size).check(kernels)
+
+
+def test_a_token_is_the_same_in_pieces_of_any_length_whoever_stands_beside_it(kernels: Kernels) -> None:
+    case = Prompts([(0, 100), (30, 47)], 4, 2, 64, torch.bfloat16)
+    together, pages = case.check(kernels), case.pool.pages[0]
+    for cut in (1, 64, 71):
+        some = [Piece(0, cut, 0, pages), Piece(cut, 100, cut, pages)]
+        rows = PromptRows.of(some, SIZE, case.q.device, masks=False)
+        found = kernels.attend_prompts(case.q[:100], case.pool.keys, case.pool.values, rows)
+        assert torch.equal(found, together[:100])
+
+
+def test_what_is_not_finite_in_a_prompt_is_not_seen_by_others(kernels: Kernels) -> None:
+    case = Prompts([(0, 20), (0, 30)], 4, 2, 64, torch.float32)
+    sound = case.check(kernels)
+    case.pool.keys[case.pool.pages[0][1], 0] = case.pool.values[case.pool.pages[0][1], 0] = torch.nan
+    found = kernels.attend_prompts(case.q, case.pool.keys, case.pool.values, case.rows(masks=False))
+    assert torch.equal(found[20:], sound[20:])
+    assert found[SIZE:20].isnan().all()
