@@ -18,8 +18,7 @@ def plan(
     learning: Learning, passes: int, start: AdapterRef | None = None, own: Sequence[Example] = (), *, seed: int = 0
 ) -> Plan:
     """How the settings want a run of so many passes over `own` from `start`, or from nothing."""
-    from_prior = start is not None and start.user_id == NOBODY
-    rate = learning.prior_rate if from_prior else learning.learning_rate
+    rate = learning.learning_rate if start is None else learning.warm_rate
     return Plan(
         rank=learning.rank,
         alpha=learning.alpha,

@@ -129,8 +129,10 @@ class Learning(Section):
     learning_rate: float = Field(
         3e-3, gt=0, description="peak learning rate; messages of more than 32 words on average have a slower one"
     )
-    prior_rate: float = Field(
-        1e-3, gt=0, description="the same of a run that starts from the prior, which a larger one would undo"
+    warm_rate: float = Field(
+        1e-3,
+        gt=0,
+        description="the same of a run that starts from the user's version or the prior, which a larger one would undo",
     )
     prior: str = Field("", description="folder of an adapter from which users start (persona prior train); empty: none")
     batch_tokens: int = Field(160, ge=16, description="own tokens per optimizer step, at most")

@@ -72,11 +72,11 @@ async def test_the_plan_comes_from_the_settings(world: World, ann: User, tell: T
     assert plan.seed == 0  # one A before training for all users
 
 
-def test_a_run_from_the_prior_has_a_rate_of_its_own() -> None:
-    learning = Learning(learning_rate=3e-3, prior_rate=1e-3)
+def test_a_run_that_starts_from_an_adapter_is_gentler() -> None:
+    learning = Learning(learning_rate=3e-3, warm_rate=1e-3)
     prior, version = AdapterRef(plans.NOBODY, 0, "prior", ""), AdapterRef(7, 1, "version", "")
     rates = [plans.plan(learning, 2, start).learning_rate for start in (None, prior, version)]
-    assert rates == [3e-3, 1e-3, 3e-3]
+    assert rates == [3e-3, 1e-3, 1e-3]
 
 
 def test_long_messages_have_a_slower_rate() -> None:

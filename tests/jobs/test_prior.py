@@ -110,7 +110,7 @@ async def test_behind_a_prior_that_serves_the_next_run_starts_from_it_on_the_who
     run = await world.train(ann)
     assert (run.state, run.version) == (RunState.KEPT, 3)
     assert world.engine.trained[1].start == world.engine.trained[0].start
-    assert world.engine.trained[1].plan.learning_rate == world.settings.learning.prior_rate
+    assert world.engine.trained[1].plan.learning_rate == world.settings.learning.warm_rate
     assert {row.entry_id for row in await world.runs.examples(run.id)} == set(range(1, 58))
 
 

@@ -23,7 +23,7 @@ LEARNING = {
     "held_out_tokens": 30,
     "min_aged_tokens": 20,
     "learning_rate": 0.02,
-    "prior_rate": 0.02,
+    "warm_rate": 0.02,
     "passes": 4,
 }
 SETTINGS = {
