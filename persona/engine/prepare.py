@@ -6,10 +6,12 @@
         tokenizer.json       for the `tokenizers` library
         chat.json            chat template and special tokens
 
-A folder appears whole or not at all (built beside, renamed), and never changes afterwards. transformers and gguf are
-imported here only, and only to convert. Raises ModelError in one sentence.
+A folder appears whole or not at all (built beside, renamed), and never changes afterwards; of several processes one
+builds it, and the others wait. transformers and gguf are imported here only, and only to convert. Raises ModelError in
+one sentence.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,14 +68,31 @@ def fetch(name: str, cache: Path, weights: str, notify: Notify) -> Prepared:
     target = _folder(name, cache, weights)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(name, target.parent)
-        _build(name, cache, weights, target, notify)
+        with _alone(target.parent, notify):
+            if ready(name, cache, weights) is None:
+                _check_space(name, target.parent)
+                _build(name, cache, weights, target, notify)
     except OSError as error:
         raise ModelError(f"The model cannot be prepared in {target.parent}: {error.strerror or error}.") from error
     prepared = ready(name, cache, weights)
     if prepared is None:
         raise ModelError(f"The prepared model in {target} is unreadable; delete that folder and start again.")
     return prepared
+
+
+@contextmanager
+def _alone(folder: Path, notify: Notify) -> Iterator[None]:
+    """While no other process builds in this folder. The lock goes with the process that has it, however that ends."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            notify("waiting for another process, which is preparing a model", 0.0)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _build(name: str, cache: Path, weights: str, target: Path, notify: Notify) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +140,29 @@ def test_a_prepared_model_is_found_and_not_made_again(models: Models, tmp_path: 
     assert prepare.ready(str(models.checkpoint()), tmp_path / "cache", "int4") == first
     assert prepare.ready(str(models.checkpoint()), tmp_path / "cache", "nf4") is None
     assert (first.folder / "model.json").stat().st_mtime_ns == before
+
+
+def test_of_two_who_prepare_at_once_one_does_and_the_other_waits(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, cache, convert_it = str(models.checkpoint()), tmp_path / "cache", convert.from_pretrained
+    begun, waits, made = threading.Event(), threading.Event(), list[str]()
+
+    def slowly(name: str, *more: Any) -> None:
+        made.append(name)
+        begun.set()
+        assert waits.wait(30)
+        convert_it(name, *more)
+
+    def second() -> Prepared:
+        assert begun.wait(30)
+        return prepare.fetch(checkpoint, cache, "int4", lambda what, share: "waiting" in what and waits.set())
+
+    monkeypatch.setattr(convert, "from_pretrained", slowly)
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(fetch, Path(checkpoint), cache), pool.submit(second)]
+    assert found[0].result() == found[1].result()
+    assert made == [checkpoint]
 
 
 def test_the_same_checkpoint_always_gives_the_same_base(models: Models, tmp_path: Path) -> None:
