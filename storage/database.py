@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -49,6 +49,7 @@ __all__ = [
 
 logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # below that it quotes parameters, which are user text
 
+T = TypeVar("T")
 Removed = Callable[[UserId, Sequence[int] | None], Awaitable[None]]
 
 NEVER_REUSED: dict[str, Any] = {"sqlite_autoincrement": True}  # of a table: its ids are never given twice
@@ -193,6 +194,18 @@ class Database:
                     return await self._truncate(wait)
         except (StorageFull, Busy):
             return False
+
+    async def erase(self, delete: Callable[[Transaction], Awaitable[T]]) -> T:
+        """What `delete` gives, in a transaction of its own; of what it deleted no byte is left, to the end even if the
+        caller is cancelled meanwhile."""
+
+        async def both() -> T:
+            async with self.write() as connection:
+                gone = await delete(connection)
+            await self.scrub()
+            return gone
+
+        return await whole(both())
 
     def on_removed(self, callback: Removed) -> None:
         """Have `callback(user, numbers)` called after an entry and these versions (None: the user) were deleted."""

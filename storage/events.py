@@ -134,10 +134,7 @@ class Events:
 
     async def drop_fact(self, user_id: UserId, kind: str, key: str) -> bool:
         """Remove a fact or a state. False if there is none."""
-        async with self._db.write() as connection:
-            gone = await facts.drop(connection, user_id, kind, key, self._clock())
-        await self._db.scrub()
-        return gone
+        return await self._db.erase(lambda connection: facts.drop(connection, user_id, kind, key, self._clock()))
 
     async def sources(self, user_id: UserId) -> list[Source]:
         """Where the user's events come from, and what is missing from each."""
@@ -166,10 +163,7 @@ class Events:
 
     async def drop_letters(self, ids: Sequence[int]) -> int:
         """Remove dead letters; how many there were."""
-        async with self._db.write() as connection:
-            gone = await dead.drop(connection, ids)
-        await self._db.scrub()
-        return gone
+        return await self._db.erase(lambda connection: dead.drop(connection, ids))
 
     async def prune(self, now: datetime, keep: timedelta) -> int:
         """Forget rows of events and dead letters older than `keep`; how many. Entries and facts stay, and repeats of

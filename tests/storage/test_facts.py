@@ -1,5 +1,6 @@
 """Of facts and states the newest value of each key is known."""
 
+import asyncio
 from datetime import timedelta
 from itertools import permutations
 
@@ -84,6 +85,22 @@ async def test_a_dropped_fact_leaves_no_byte_and_does_not_return(events, ann, bo
     await store(events, told(ann, "fact", key="secret", value="older", ts=at(0)))
     assert await known(events, ann) == {}
     assert await known(events, bob) == {"secret": "his"}
+
+
+async def test_who_leaves_while_a_fact_is_dropped_still_leaves_no_byte_of_it(db, events, ann, tmp_path, monkeypatch):
+    await store(events, told(ann, "fact", key="secret", value=CANARY))
+    scrub = db.scrub
+
+    async def late() -> bool:
+        dropping.cancel()
+        await asyncio.sleep(0.01)
+        return await scrub()
+
+    monkeypatch.setattr(db, "scrub", late)
+    dropping = asyncio.create_task(events.drop_fact(ann.id, "fact", "secret"))
+    with pytest.raises(asyncio.CancelledError):
+        await dropping
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("value", ["Ghent", None], ids=["told", "taken back"])
