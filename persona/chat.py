@@ -256,18 +256,24 @@ class Chat:
     async def _personal(self, user: User, ask: Ask, voice: Voice, placement: Placement) -> Prompt:
         if is_task(ask.messages):  # about the conversation that it quotes, not about the user
             return await self._compose(ask, voice)
-        watermark = voice.version.watermark if voice.version else EntryId(0)
-        retrieved, states = list[Entry](), list[Fact]()
-        async with self._history.view():
-            recent = await self._history.recent(user.id, watermark, exclude=placement.known, limit=_RECENT_ENTRIES)
-            facts = await self._events.facts(user.id, "fact", limit=_FACTS)
-            if voice.name != "me":  # its last message is what others said, as in training: nothing is put before it
-                retrieved = await self._retrieve(user, ask, placement)
-                states = await self._events.facts(user.id, "state", limit=_FACTS)
+        known = self._known(user, ask, voice, placement)
+        recent, facts, retrieved, states = await self._history.view(known)
         relevant = prompts.relevant(states, _question(ask))
         return await self._compose(
             ask, voice, _elsewhere(recent, placement), _elsewhere(retrieved, placement), facts, relevant
         )
+
+    async def _known(
+        self, user: User, ask: Ask, voice: Voice, placement: Placement
+    ) -> tuple[list[Entry], list[Fact], list[Entry], list[Fact]]:
+        """Recent entries and facts, and what is found for the question, entries and states."""
+        watermark = voice.version.watermark if voice.version else EntryId(0)
+        recent = await self._history.recent(user.id, watermark, exclude=placement.known, limit=_RECENT_ENTRIES)
+        facts = await self._events.facts(user.id, "fact", limit=_FACTS)
+        if voice.name == "me":  # its last message is what others said, as in training: nothing is put before it
+            return recent, facts, [], []
+        found = await self._retrieve(user, ask, placement)
+        return recent, facts, found, await self._events.facts(user.id, "state", limit=_FACTS)
 
     async def _beginning(self, user: User, version: Version, turns: Sequence[Entry]) -> list[int]:
         """What the next prompt of a conversation begins with: all but its newest message and what is found for it."""

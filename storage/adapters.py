@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from persona.domain import ROLLED_BACK, EntryId, UserId, Version, VersionState
 from persona.errors import AdapterError, Busy, ConfigurationError, NotFound, TrainingFailed
 from storage import files, lineage
-from storage.database import Database, Transaction
+from storage.database import Database, Transaction, reading
 from storage.failpoints import reach
 from storage.tables import users, versions
 from storage.whole import in_thread
@@ -137,6 +137,7 @@ class Adapters:
             row = await lineage.row(connection, user_id, target) if target else None
         return self._version(row) if row else None
 
+    @reading
     async def active(self, user_id: UserId) -> Version | None:
         """The serving version, None for the bare base."""
         joined = versions.join(users, (users.c.id == versions.c.user_id) & (users.c.active == versions.c.number))
@@ -145,11 +146,13 @@ class Adapters:
             row = (await connection.execute(query)).one_or_none()
         return self._version(row) if row else None
 
+    @reading
     async def get(self, user_id: UserId, number: int) -> Version | None:
         async with self._db.read() as connection:
             row = await lineage.row(connection, user_id, number)
         return self._version(row) if row else None
 
+    @reading
     async def list(self, user_id: UserId) -> Listing:
         """Every version that the user ever had, oldest first."""
         query = sa.select(versions).where(versions.c.user_id == user_id).order_by(versions.c.number)

@@ -2,18 +2,24 @@
 
 One writer at a time, who locks before the first read (BEGIN IMMEDIATE); readers that cannot write. A commit is on the
 disk when it returns. With database_file.py this is the only place that names the SQL dialect.
+
+The driver blocks, so statements run in threads. A way there and back costs more than most statements: what a chat
+request or a batch of events does to the database is one of them (`reading`, `writing`), and not one for each statement.
 """
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import contextvars
+import functools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from persona.domain import UserId
 from persona.errors import Busy, StorageFull
@@ -43,13 +49,15 @@ __all__ = [
     "hits",
     "index",
     "people",
+    "reading",
     "unindex",
     "upgrade_copies",
+    "writing",
 ]
 
-logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # below that it quotes parameters, which are user text
-
 T = TypeVar("T")
+P = ParamSpec("P")
+Run = Callable[..., Awaitable[Any]]
 Removed = Callable[[UserId, Sequence[int] | None], Awaitable[None]]
 
 NEVER_REUSED: dict[str, Any] = {"sqlite_autoincrement": True}  # of a table: its ids are never given twice
@@ -63,19 +71,61 @@ class _Enough(Exception):
 
 
 class Transaction:
-    """Runs statements. Who is cancelled here still waits for the statement: the driver would lose the connection."""
+    """Runs statements. Who is cancelled here still waits for the statement."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
-        self._connection = connection
+    def __init__(self, connection: sa.Connection, run: Run) -> None:
+        """run: in whose thread."""
+        self._connection, self._run = connection, run
 
     async def execute(self, statement: sa.Executable, parameters: Any = None) -> sa.CursorResult[Any]:
-        return await whole(self._connection.execute(statement, parameters))
+        found: sa.CursorResult[Any] = await self._run(self._connection.execute, statement, parameters)
+        return found
 
     async def exec_driver_sql(self, statement: str) -> sa.CursorResult[Any]:
-        return await whole(self._connection.exec_driver_sql(statement))
+        found: sa.CursorResult[Any] = await self._run(self._connection.exec_driver_sql, statement)
+        return found
 
 
-_view: "ContextVar[tuple[Database, Transaction] | None]" = ContextVar("view", default=None)
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """The transaction that this thread is in."""
+
+    database: "Database"
+    transaction: Transaction
+    writes: bool
+
+
+_open: ContextVar[_Open | None] = ContextVar("open", default=None)
+
+
+class Stored(Protocol):
+    """Whoever keeps something in a database."""
+
+    _db: "Database"
+
+
+S = TypeVar("S", bound=Stored)
+Method = Callable[Concatenate[S, P], Coroutine[Any, Any, T]]
+
+
+def reading(method: Method[S, P, T]) -> Method[S, P, T]:
+    """All that the method reads is one transaction; it awaits the database and nothing else (`Database.at_once`)."""
+
+    @functools.wraps(method)
+    async def read(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._db.at_once(method(self, *args, **kwargs))
+
+    return read
+
+
+def writing(method: Method[S, P, T]) -> Method[S, P, T]:
+    """As `reading`, and the method may write: what it returns is committed."""
+
+    @functools.wraps(method)
+    async def write(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._db.at_once(method(self, *args, **kwargs), write=True)
+
+    return write
 
 
 class Database:
@@ -89,7 +139,9 @@ class Database:
         self._patience = patience
         self._writer = _engine(path, pool=1, begin="BEGIN IMMEDIATE")
         self._reader = _engine(path, pool=_READERS, begin="BEGIN", pragmas=("query_only = ON",))
+        self._threads = ThreadPoolExecutor(_READERS + 1, thread_name_prefix="database")  # one for each connection
         self._writing = asyncio.Lock()  # first come, first served
+        self._places = asyncio.Semaphore(_READERS)
         self._readable = asyncio.Event()
         self._readable.set()
         self._reading = 0
@@ -113,47 +165,108 @@ class Database:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait), self._writing:
                     pass
-            await self._reader.dispose()
-            await self._writer.dispose()
+            await self._thread(self._reader.dispose)
+            await self._thread(self._writer.dispose)  # the threads end with this object
 
     @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:
         """A transaction that is committed at the end of the block, or rolled back if it raises."""
-        with answers(self.path):
-            async with self._writing, _checked_out(self._writer) as connection:
-                await self._begin(connection)
-                yield Transaction(connection)
-                await whole(connection.commit())
+        if (outer := self._outer(write=True)) is not None:
+            yield outer
+            return
+        async with self._writing, self._connected(self._writer) as connection:
+            yield Transaction(connection, self._thread)
+            await self._thread(connection.commit)
 
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[Transaction]:
-        """A consistent view that cannot write. Blocks nest in `view` alone: `scrub` waits for the running ones."""
-        if (outer := _view.get()) is not None and outer[0] is self:
-            yield outer[1]
+        """A consistent view that cannot write. Blocks nest in `at_once` alone: `scrub` waits for the running ones."""
+        if (outer := self._outer(write=False)) is not None:
+            yield outer
             return
+        async with self._place(), self._connected(self._reader) as connection:
+            yield Transaction(connection, self._thread)
+
+    async def at_once(self, work: Coroutine[Any, Any, T], *, write: bool = False) -> T:
+        """All that `work` does to the database, `read` and `write` blocks included, as one transaction and in one
+        thread, to its end even if the caller is cancelled. It must wait for nothing else."""
+        try:
+            if self._outer(write=write) is not None:
+                return await work
+            async with self._writing if write else self._place():
+                found: T = await self._thread(self._driven, work, write)
+                return found
+        finally:
+            work.close()
+
+    def _outer(self, *, write: bool) -> Transaction | None:
+        """The transaction that is open here already, if it is good for that."""
+        outer = _open.get()
+        fits = outer is not None and outer.database is self and (outer.writes or not write)
+        return outer.transaction if outer is not None and fits else None
+
+    def _driven(self, work: Coroutine[Any, Any, T], write: bool) -> T:
+        with answers(self.path), contextlib.closing(self._begun(self._writer if write else self._reader)) as connection:
+            before = _open.set(_Open(self, Transaction(connection, _at_once), write))
+            try:
+                work.send(None)
+            except StopIteration as end:
+                found: T = end.value
+            else:
+                raise RuntimeError("What is done to the database at once waits for something else.")
+            finally:
+                _open.reset(before)
+            if write:
+                connection.commit()
+            return found
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """Among those who read."""
         await self._readable.wait()
         self._reading += 1
         self._idle.clear()
         try:
-            with answers(self.path):
-                async with _checked_out(self._reader) as connection:
-                    await whole(connection.begin().start())
-                    yield Transaction(connection)
+            async with self._places:
+                yield
         finally:
             self._reading -= 1
             if not self._reading:
                 self._idle.set()
 
     @contextlib.asynccontextmanager
-    async def view(self) -> AsyncIterator[None]:
-        """All `read` blocks of this task in here are one transaction: they see the same, and not what is written
-        meanwhile."""
-        async with self.read() as connection:
-            before = _view.set((self, connection))
+    async def _connected(self, engine: sa.Engine) -> AsyncIterator[sa.Connection]:
+        """In a transaction; what is not committed is rolled back at the end."""
+        opened: list[sa.Connection] = []
+        with answers(self.path):
             try:
-                yield
+                await self._thread(lambda: opened.append(self._begun(engine)))
+                yield opened[0]
             finally:
-                _view.reset(before)
+                for connection in opened:
+                    await self._thread(connection.close)
+
+    def _begun(self, engine: sa.Engine) -> sa.Connection:
+        """A connection of the pool, in a transaction."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            connection = engine.connect()
+            try:
+                connection.begin()
+                return connection
+            except sa.exc.OperationalError as error:
+                connection.close()
+                if code(error) not in LOCKED or time.monotonic() >= deadline:
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+            time.sleep(0.05)
+
+    async def _thread(self, function: Callable[..., T], *args: Any) -> T:
+        """In a thread of the database's, to its end."""
+        here = contextvars.copy_context()
+        return await whole(_running(self._threads, functools.partial(here.run, function, *args)))
 
     async def check(self) -> None:
         """Prove that the file is sound, search index and foreign keys included. Raises SchemaError with the finding."""
@@ -216,18 +329,6 @@ class Database:
         for callback in self._removed:
             await callback(user_id, numbers)
 
-    async def _begin(self, connection: AsyncConnection) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._patience
-        while True:
-            try:
-                await whole(connection.begin().start())
-                return
-            except sa.exc.OperationalError as error:
-                if code(error) not in LOCKED or loop.time() >= deadline:
-                    raise
-            await asyncio.sleep(0.05)
-
     @contextlib.asynccontextmanager
     async def _alone(self, wait: float) -> AsyncIterator[None]:
         """Hold new readers back and let the running ones end."""
@@ -249,16 +350,12 @@ class Database:
             await asyncio.sleep(0.05)
 
 
-@contextlib.asynccontextmanager
-async def _checked_out(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """A connection of the pool; what is not committed is rolled back when it returns there."""
-    connection = engine.connect()
-    try:
-        await whole(connection.start())
-        yield connection
-    finally:
-        if connection.sync_connection is not None:  # else what prevented it is what is raised
-            await whole(connection.close())
+async def _at_once(function: Callable[..., T], *args: Any) -> T:
+    return function(*args)
+
+
+async def _running(threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, function)
 
 
 def create_search(connection: sa.Connection) -> None:
@@ -296,17 +393,18 @@ def hits(user_id: UserId, phrases: Sequence[str], before: int, most: int) -> sa.
     return every.bindparams(user=user_id, before=before, most=most, **asked)
 
 
-def _engine(path: Path, *, pool: int, begin: str, pragmas: Sequence[str] = ()) -> AsyncEngine:
+def _engine(path: Path, *, pool: int, begin: str, pragmas: Sequence[str] = ()) -> sa.Engine:
     """Parameters are hidden because errors quote them, and they are user text."""
-    engine = create_async_engine(
-        sa.URL.create("sqlite+aiosqlite", database=str(path)),
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(path)),
+        connect_args={"check_same_thread": False},  # one thread after another, never two at once
         pool_size=pool,
         max_overflow=0,
         pool_timeout=60.0,
         hide_parameters=True,
     )
 
-    @sa.event.listens_for(engine.sync_engine, "connect")
+    @sa.event.listens_for(engine, "connect")
     def connected(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # the driver begins nothing by itself
         cursor = connection.cursor()
@@ -314,7 +412,7 @@ def _engine(path: Path, *, pool: int, begin: str, pragmas: Sequence[str] = ()) -
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
-    @sa.event.listens_for(engine.sync_engine, "begin")
+    @sa.event.listens_for(engine, "begin")
     def begun(connection: sa.Connection) -> None:
         connection.exec_driver_sql(begin)
 

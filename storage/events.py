@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from persona.domain import Fact, Origin, Role, UserId
 from persona.event import FACTS, Event, Happening, Known, Rating, Reason, Words
 from storage import dead, facts, failpoints, identity, insertion, lookup, sources, tables
-from storage.database import Database, Transaction
+from storage.database import Database, Transaction, reading, writing
 from storage.dead import Letter
 from storage.sources import Source
 from storage.tables import deletions, deliveries, entries, events, users
@@ -108,6 +108,12 @@ class Events:
         """
         tokens = await in_thread(_count, arrived, count)
         batch = _Batch(arrived, now)
+        await self._store(batch, tokens, kept)
+        failpoints.reach("events-after-commit")
+        return [batch.outcomes[at] for at in range(len(arrived))]
+
+    @writing
+    async def _store(self, batch: _Batch, tokens: dict[int, tuple[str, int]], kept: int | None) -> None:
         async with self._db.write() as connection:
             await _recognise(connection, batch)
             await _append(connection, batch, tokens)
@@ -115,9 +121,8 @@ class Events:
             await _know(connection, batch)
             await _conclude(connection, batch, kept)
             failpoints.reach("events-before-commit")
-        failpoints.reach("events-after-commit")
-        return [batch.outcomes[at] for at in range(len(arrived))]
 
+    @reading
     async def newest(self, user_id: UserId, *, before: int | None = None, limit: int = 100) -> list[Row]:
         """The newest `limit` events below the id `before`, newest first."""
         query = sa.select(*(events.c[name] for name in Row.__slots__)).where(events.c.user_id == user_id)
@@ -127,6 +132,7 @@ class Events:
             found = await connection.execute(query.order_by(events.c.id.desc()).limit(limit))
             return [Row(**row._mapping) for row in found]
 
+    @reading
     async def facts(self, user_id: UserId, kind: str | None = None, *, limit: int = 1000) -> list[Fact]:
         """What is known now, the newest first."""
         async with self._db.read() as connection:
@@ -136,6 +142,7 @@ class Events:
         """Remove a fact or a state. False if there is none."""
         return await self._db.erase(lambda connection: facts.drop(connection, user_id, kind, key, self._clock()))
 
+    @reading
     async def sources(self, user_id: UserId) -> list[Source]:
         """Where the user's events come from, and what is missing from each."""
         async with self._db.read() as connection:

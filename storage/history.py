@@ -4,24 +4,25 @@ A turn is stored once, however often a client sends it. Nothing here holds a tra
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from persona.domain import Entry, EntryId, Finish, Line, Message, Origin, Role, UserId, VersionState
 from persona.errors import NotFound, RequestError
 from storage import database, identity, imports, lineage, ranking, turns, words
-from storage.database import Database, Transaction
+from storage.database import Database, Transaction, reading, writing
 from storage.failpoints import reach
 from storage.identity import Turn
 from storage.imports import ImportItem
 from storage.tables import deletions, entries, events, live_checks, users
 
 __all__ = ["History", "ImportItem", "Placement"]
+
+T = TypeVar("T")
 
 _OWN = (Origin.CHAT, Origin.IMPORT, Origin.EVENT)
 _START = EntryId(0)
@@ -47,9 +48,9 @@ class History:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def view(self) -> AbstractAsyncContextManager[None]:
-        """What this task reads of the database in the block, here and elsewhere, is one view of it."""
-        return self._db.view()
+    async def view(self, work: Coroutine[Any, Any, T]) -> T:
+        """All that `work` reads of the database, here and elsewhere, is one view of it; it waits for nothing else."""
+        return await self._db.at_once(work)
 
     async def place(
         self,
@@ -66,17 +67,34 @@ class History:
         Without `store` nothing is written. Raises NotFound if the user was forgotten.
         """
         said = identity.turns(messages)
-        async with self._db.read() as connection:
-            found = await turns.match(connection, user_id, said, conversation_id)
+        found = await self._match(user_id, said, conversation_id)
         if not store or not found.new:
             return _placement(found, found.stored, None)
         lengths = await _lengths([turn.text for turn in found.new], count)
-        async with self._db.write() as connection:
-            found = await turns.match(connection, user_id, said, conversation_id)
-            stored = await _append(connection, user_id, found, lengths, now)
+        found, stored = await self._append(user_id, said, conversation_id, lengths, now)
         asked = [entry for entry, turn in zip(stored, found.new, strict=True) if turn.role == Role.USER]
         return _placement(found, found.stored + tuple(stored), asked[-1] if asked else None)
 
+    @reading
+    async def _match(self, user_id: UserId, said: Sequence[Turn], conversation: str | None) -> turns.Match:
+        async with self._db.read() as connection:
+            return await turns.match(connection, user_id, said, conversation)
+
+    @writing
+    async def _append(
+        self,
+        user_id: UserId,
+        said: Sequence[Turn],
+        conversation: str | None,
+        lengths: dict[str, int],
+        now: datetime,
+    ) -> tuple[turns.Match, list[EntryId]]:
+        """Match again, and store what is new."""
+        async with self._db.write() as connection:
+            found = await turns.match(connection, user_id, said, conversation)
+            return found, await _append(connection, user_id, found, lengths, now)
+
+    @writing
     async def reply(
         self,
         user_id: UserId,
@@ -107,6 +125,7 @@ class History:
             parent = await _row(connection, user_id, placement.tail) if placement.tail else None
             return await _insert(connection, {**values, "parent": parent.id if parent else None})
 
+    @reading
     async def since(
         self, user_id: UserId, watermark: EntryId, *, limit: int | None = None, roles: Collection[Role] | None = None
     ) -> list[Entry]:
@@ -116,6 +135,7 @@ class History:
             query = query.where(entries.c.role.in_(list(roles)))
         return await self._all(query)
 
+    @reading
     async def recent(
         self,
         user_id: UserId,
@@ -138,6 +158,7 @@ class History:
         found = sorted([*_without(said, exclude, limit), *happened], key=lambda entry: entry.id)
         return found[-limit:] if limit else []
 
+    @reading
     async def conversation(self, user_id: UserId, tail: EntryId) -> list[Entry]:
         """The turns that lead to `tail`, and it, in order."""
         up = sa.select(entries.c.id, entries.c.parent).where(entries.c.user_id == user_id, entries.c.id == tail)
@@ -146,6 +167,7 @@ class History:
         chain = chain.union_all(parents)
         return await self._all(_mine(user_id).where(entries.c.id.in_(sa.select(chain.c.id))).order_by(entries.c.id))
 
+    @reading
     async def live(self, user_id: UserId, since: datetime, *, limit: int) -> list[EntryId]:
         """The newest reply of each conversation that had one at or after `since`, newest first."""
         mine = (entries.c.user_id == user_id) & (entries.c.origin == Origin.REPLY) & (entries.c.ts >= since)
@@ -154,6 +176,7 @@ class History:
         async with self._db.read() as connection:
             return [EntryId(entry_id) for entry_id in (await connection.execute(query)).scalars()]
 
+    @reading
     async def get(self, user_id: UserId, entry_id: EntryId) -> Entry | None:
         found = await self._all(_mine(user_id).where(entries.c.id == entry_id))
         return found[0] if found else None
@@ -162,6 +185,7 @@ class History:
         """Up to `limit` entries after `after`, oldest first."""
         return await self.since(user_id, after, limit=limit)
 
+    @reading
     async def search(
         self,
         user_id: UserId,
@@ -181,6 +205,7 @@ class History:
             by_id = {row.id: _entry(row) for row in found}
         return [by_id[entry_id] for entry_id in ids]
 
+    @reading
     async def own_tokens(self, user_id: UserId, after: EntryId) -> int:
         """Tokens of the user's own words after `after`."""
         mine = (entries.c.user_id == user_id) & (entries.c.id > after)
@@ -189,6 +214,7 @@ class History:
         async with self._db.read() as connection:
             return int((await connection.execute(query)).scalar_one())
 
+    @reading
     async def last_id(self, user_id: UserId) -> EntryId:
         """The user's newest entry, 0 without any."""
         query = sa.select(sa.func.coalesce(sa.func.max(entries.c.id), 0)).where(entries.c.user_id == user_id)

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from persona.domain import Caller, User, UserId
 from persona.errors import Busy, NotFound, RequestError, StorageFull
 from storage import database, events, files
-from storage.database import Database, Transaction
+from storage.database import Database, Transaction, reading
 from storage.failpoints import reach
 from storage.tables import (
     backups,
@@ -77,20 +77,24 @@ class Users:
             query = sa.insert(users).values(**values, last_version=0, salt=secrets.token_bytes(16))
             return _user((await connection.execute(query.returning(*users.c))).one())
 
+    @reading
     async def get(self, name: str) -> User | None:
         async with self._db.read() as connection:
             return await _find(connection, users.c.name == name)
 
+    @reading
     async def named(self, names: Iterable[str]) -> list[User]:
         """Those of the names that are users."""
         async with self._db.read() as connection:
             found = await connection.execute(sa.select(users).where(users.c.name.in_(list(names))))
             return [_user(row) for row in found]
 
+    @reading
     async def by_id(self, user_id: UserId) -> User | None:
         async with self._db.read() as connection:
             return await _find(connection, users.c.id == user_id)
 
+    @reading
     async def all(self) -> list[User]:
         async with self._db.read() as connection:
             return [_user(row) for row in await connection.execute(sa.select(users).order_by(users.c.name))]
@@ -113,17 +117,22 @@ class Users:
     async def authenticate(self, secret: str) -> Caller | None:
         """Who the key speaks for; None if it is unknown or revoked."""
         digest = _digest(secret)
-        columns = [keys.c.id.label("key_id"), keys.c.digest, keys.c.learn.label("key_learn"), keys.c.last_used]
-        query = sa.select(users, *columns).join(keys, keys.c.user_id == users.c.id)
-        async with self._db.read() as connection:
-            found = await connection.execute(query.where(keys.c.digest == digest, keys.c.revoked.is_(None)))
-            row = found.one_or_none()
+        row = await self._keyed(digest)
         known = row.digest if row else bytes(len(digest))
         if not hmac.compare_digest(known, digest) or row is None:
             return None
         if row.last_used is None or self._clock() - row.last_used >= _TOUCH:
             await self._touch(row.key_id)
         return Caller(_user(row), row.key_id, row.learn and row.key_learn)
+
+    @reading
+    async def _keyed(self, digest: bytes) -> sa.Row[Any] | None:
+        columns = [keys.c.id.label("key_id"), keys.c.digest, keys.c.learn.label("key_learn"), keys.c.last_used]
+        query = sa.select(users, *columns).join(keys, keys.c.user_id == users.c.id)
+        async with self._db.read() as connection:
+            found = await connection.execute(query.where(keys.c.digest == digest, keys.c.revoked.is_(None)))
+            row: sa.Row[Any] | None = found.one_or_none()
+            return row
 
     async def keys(self, user_id: UserId) -> list[Key]:
         columns = [keys.c[name] for name in Key.__slots__]

@@ -25,7 +25,6 @@ FENCES: dict[str, tuple[str, ...]] = {
     "aiohttp": ("persona.api", "persona.app", "persona.cli", "persona.engine.remote"),
     "sqlalchemy": ("storage",),
     "alembic": ("storage",),
-    "aiosqlite": ("storage",),
     "sqlite3": ("storage.database",),
     "aiomqtt": ("persona.ingest",), "paho": ("persona.ingest",), "amqtt": ("persona.ingest",),
     "apscheduler": ("jobs.schedule",),

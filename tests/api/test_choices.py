@@ -1,5 +1,6 @@
 """Several choices of one reply: each a sequence of its own, streamed side by side, each on record."""
 
+import asyncio
 from typing import Any
 
 import openai
@@ -64,6 +65,8 @@ async def test_when_one_choice_fails_the_others_end_with_it(start: Start) -> Non
     client = await live.openai()
     with pytest.raises(openai.InternalServerError):
         await client.chat.completions.create(model="persona", messages=HI, n=4)
+    if others := [reply.task for reply in live.services.chat.running if reply.task]:
+        await asyncio.wait(others, timeout=10)
     assert not live.services.chat.running
 
 

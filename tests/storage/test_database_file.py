@@ -127,26 +127,58 @@ async def test_five_writers_at_once_on_five_connections_all_succeed(db, users, n
     await db.check()
 
 
-async def test_a_view_makes_one_transaction_of_what_is_read_in_it(db, users):
-    async with db.view():
-        assert await users.all() == []
-        await users.add("ann")
-        assert await users.all() == []
+async def test_what_is_done_at_once_is_one_transaction_of_what_is_read_in_it(db, users):
+    await users.add("ann")
+
+    async def look() -> list[int]:
+        before = len(await users.all())
+        plain(db.path).execute("DELETE FROM users")
         assert db._reading == 1
-    assert len(await users.all()) == 1
+        return [before, len(await users.all())]
+
+    assert await db.at_once(look()) == [1, 1]
     assert db._reading == 0
+    assert await users.all() == []
 
 
-async def test_a_view_that_fails_gives_its_connection_back(db, users):
+@pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
+async def test_what_fails_at_once_gives_its_connection_back_and_leaves_nothing(db, users, write):
     async def fails():
-        async with db.view():
-            await users.all()
-            raise ZeroDivisionError
+        async with db.write() if write else db.read() as connection:
+            assert await one(connection, "SELECT count(*) FROM users") == 0
+            if write:
+                await connection.exec_driver_sql("DELETE FROM users")
+        raise ZeroDivisionError
 
     for _ in range(10):
         with pytest.raises(ZeroDivisionError):
-            await fails()
+            await db.at_once(fails(), write=write)
     assert await users.all() == []
+    await users.add("ann")
+
+
+async def test_what_is_done_at_once_must_not_wait_for_anything_else(db, users):
+    async def sleeps():
+        await asyncio.sleep(0)
+
+    with pytest.raises(RuntimeError, match="waits for something else"):
+        await db.at_once(sleeps())
+    assert await users.all() == []
+
+
+async def test_what_is_done_at_once_is_committed_though_its_caller_leaves(db, users):
+    await users.add("ann")
+    loop = asyncio.get_running_loop()
+
+    async def pause() -> None:
+        loop.call_soon_threadsafe(pausing.cancel)
+        async with db.write() as connection:
+            await connection.exec_driver_sql("UPDATE users SET paused = 1")
+
+    pausing = asyncio.create_task(db.at_once(pause(), write=True))
+    with pytest.raises(asyncio.CancelledError):
+        await pausing
+    assert [user.paused for user in await users.all()] == [True]
 
 
 async def test_a_reader_sees_one_state_while_others_write(db, users):
@@ -188,14 +220,14 @@ async def test_threat_23_a_full_disk_is_reported_and_nothing_is_written(db, hist
     await place("before")
     async with db.write() as connection:
         pages = await one(connection, "PRAGMA page_count")
-    async with db._writer.connect() as connection:
-        await connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    with db._writer.connect() as connection:
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageFull) as full:
         await place("canary " * 5000)
     assert "canary" not in str(full.value)
     assert "canary" not in str(full.value.__cause__)
-    async with db._writer.connect() as connection:
-        await connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+    with db._writer.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
     assert [entry.text for entry in await history.page(ann.id)] == ["before"]
     assert (await place("after")).user_entry
     await db.check()
@@ -237,9 +269,9 @@ async def test_threat_23_a_write_that_fails_is_a_full_disk_if_there_is_no_space_
 
 async def test_threat_23_a_full_disk_does_not_lock_users_out(db, users, ann):
     _, secret = await users.add_key(ann.id)
-    async with db._writer.connect() as connection:
-        pages = await one(connection, "PRAGMA page_count")
-        await connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    with db._writer.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     assert (await users.authenticate(secret)).user == ann
 
 

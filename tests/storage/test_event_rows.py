@@ -174,7 +174,7 @@ async def test_a_batch_of_five_thousand_is_stored_in_few_statements(events, hist
     ]
     batch = [kinds[at % 2](at) for at in range(5000)]
     statements = []
-    sa.event.listen(db._writer.sync_engine, "before_cursor_execute", lambda *call: statements.append(call[2]))
+    sa.event.listen(db._writer, "before_cursor_execute", lambda *call: statements.append(call[2]))
     assert await store(events, *batch) == [STORED] * 5000
     assert await store(events, *batch) == [DUPLICATE] * 5000
     assert len(statements) < 40
@@ -187,10 +187,10 @@ async def test_known_names_are_found_by_an_index_and_not_by_reading_the_table(ev
 
     def explain(connection, cursor, statement, parameters, context, many):
         if statement.startswith("SELECT") and " IN (" in statement:
-            plan = connection.connection.driver_connection._conn.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            plan = connection.connection.driver_connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
             plans.append([row[3] for row in plan])
 
-    sa.event.listen(db._writer.sync_engine, "before_cursor_execute", explain)
+    sa.event.listen(db._writer, "before_cursor_execute", explain)
     batch = [(told(user, "fact", key="k", value=1, id=1), told(user, text="x", id=2)) for user in (ann, bob)]
     await store(events, *batch[0], *batch[1])
     await store(events, *batch[0], *batch[1])
