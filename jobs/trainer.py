@@ -199,13 +199,18 @@ class Trainer:
                 made.append(batch)
         return made
 
+    @property
+    def _rate(self) -> str:
+        """The setting that this run's rate comes from."""
+        return "learning.learning_rate" if self._start is None else "learning.warm_rate"
+
     def _watch(self, skipped: int) -> None:
         if skipped > MAX_SKIPPED:
             raise TrainingFailed("The loss or its gradient was not finite several times; nothing was published.")
         if self._course.exploded:
-            raise TrainingFailed("The loss exploded; nothing was published. Lower learning.learning_rate.")
+            raise TrainingFailed(f"The loss exploded; nothing was published. Lower {self._rate}.")
         if self._adapter.norm() > self._plan.max_norm:
-            raise TrainingFailed("The update outgrew the base; nothing was published. Lower learning.learning_rate.")
+            raise TrainingFailed(f"The update outgrew the base; nothing was published. Lower {self._rate}.")
 
     def _update(self, optimizer: "_AdamW", step: int, steps: int) -> Generator[None, None, bool]:
         """One optimizer step; False if it was left out because a gradient is not finite."""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-import time
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -63,11 +63,19 @@ Removed = Callable[[UserId, Sequence[int] | None], Awaitable[None]]
 NEVER_REUSED: dict[str, Any] = {"sqlite_autoincrement": True}  # of a table: its ids are never given twice
 
 _READERS = 4
+_LONGEST = 60.0  # seconds that a reader waits for a connection
 _SPARE = 1 << 20  # bytes
 
 
 class _Enough(Exception):
     """Ends a trial transaction: it is rolled back."""
+
+
+class _Locked(Exception):
+    """A transaction did not begin."""
+
+    def __init__(self, error: sa.exc.OperationalError) -> None:
+        self.error = error
 
 
 class Transaction:
@@ -78,12 +86,18 @@ class Transaction:
         self._connection, self._run = connection, run
 
     async def execute(self, statement: sa.Executable, parameters: Any = None) -> sa.CursorResult[Any]:
-        found: sa.CursorResult[Any] = await self._run(self._connection.execute, statement, parameters)
+        found: sa.CursorResult[Any] = await self._run(_whole, self._connection.execute, statement, parameters)
         return found
 
     async def exec_driver_sql(self, statement: str) -> sa.CursorResult[Any]:
-        found: sa.CursorResult[Any] = await self._run(self._connection.exec_driver_sql, statement)
+        found: sa.CursorResult[Any] = await self._run(_whole, self._connection.exec_driver_sql, statement)
         return found
+
+
+def _whole(execute: Callable[..., sa.CursorResult[Any]], *args: Any) -> Any:
+    """With every row there is: a statement that is not read to its end holds its view of the file open."""
+    found = execute(*args)
+    return found.freeze()() if found.returns_rows else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,20 +207,25 @@ class Database:
         try:
             if self._outer(write=write) is not None:
                 return await work
-            async with self._writing if write else self._place():
-                found: T = await self._thread(self._driven, work, write)
-                return found
+            with answers(self.path):
+                async with self._writing if write else self._place():
+                    found: T = await self._patiently(self._driven, work, write)
+                    return found
         finally:
-            work.close()
+            if inspect.getcoroutinestate(work) != inspect.CORO_RUNNING:  # the loop itself is being stopped
+                work.close()
 
     def _outer(self, *, write: bool) -> Transaction | None:
-        """The transaction that is open here already, if it is good for that."""
+        """The transaction that is open in this thread already."""
         outer = _open.get()
-        fits = outer is not None and outer.database is self and (outer.writes or not write)
-        return outer.transaction if outer is not None and fits else None
+        if outer is None or outer.database is not self:
+            return None
+        if write and not outer.writes:
+            raise RuntimeError("Nothing can be written where the database is only read.")
+        return outer.transaction
 
     def _driven(self, work: Coroutine[Any, Any, T], write: bool) -> T:
-        with answers(self.path), contextlib.closing(self._begun(self._writer if write else self._reader)) as connection:
+        with contextlib.closing(_begun(self._writer if write else self._reader)) as connection:
             before = _open.set(_Open(self, Transaction(connection, _at_once), write))
             try:
                 work.send(None)
@@ -222,13 +241,19 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
-        """Among those who read."""
+        """Among those who read. Raises Busy if none is left for a minute."""
         await self._readable.wait()
         self._reading += 1
         self._idle.clear()
         try:
-            async with self._places:
+            try:
+                await asyncio.wait_for(self._places.acquire(), _LONGEST)
+            except TimeoutError:
+                raise Busy("Too many requests wait for the database; try again in a moment.") from None
+            try:
                 yield
+            finally:
+                self._places.release()
         finally:
             self._reading -= 1
             if not self._reading:
@@ -240,28 +265,23 @@ class Database:
         opened: list[sa.Connection] = []
         with answers(self.path):
             try:
-                await self._thread(lambda: opened.append(self._begun(engine)))
+                await self._patiently(lambda: opened.append(_begun(engine)))
                 yield opened[0]
             finally:
                 for connection in opened:
                     await self._thread(connection.close)
 
-    def _begun(self, engine: sa.Engine) -> sa.Connection:
-        """A connection of the pool, in a transaction."""
-        deadline = time.monotonic() + self._patience
+    async def _patiently(self, function: Callable[..., T], *args: Any) -> T:
+        """In a thread, once more while another program has the lock; nothing has happened then."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
         while True:
-            connection = engine.connect()
             try:
-                connection.begin()
-                return connection
-            except sa.exc.OperationalError as error:
-                connection.close()
-                if code(error) not in LOCKED or time.monotonic() >= deadline:
-                    raise
-            except BaseException:
-                connection.close()
-                raise
-            time.sleep(0.05)
+                return await self._thread(function, *args)
+            except _Locked as locked:
+                if loop.time() >= deadline:
+                    raise locked.error from None
+            await asyncio.sleep(0.05)
 
     async def _thread(self, function: Callable[..., T], *args: Any) -> T:
         """In a thread of the database's, to its end."""
@@ -350,6 +370,19 @@ class Database:
             await asyncio.sleep(0.05)
 
 
+def _begun(engine: sa.Engine) -> sa.Connection:
+    """A connection of the pool, in a transaction. Raises _Locked if another program has the lock."""
+    connection = engine.connect()
+    try:
+        connection.begin()
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, sa.exc.OperationalError) and code(error) in LOCKED:
+            raise _Locked(error) from error
+        raise
+    return connection
+
+
 async def _at_once(function: Callable[..., T], *args: Any) -> T:
     return function(*args)
 
@@ -400,7 +433,6 @@ def _engine(path: Path, *, pool: int, begin: str, pragmas: Sequence[str] = ()) -
         connect_args={"check_same_thread": False},  # one thread after another, never two at once
         pool_size=pool,
         max_overflow=0,
-        pool_timeout=60.0,
         hide_parameters=True,
     )
 

@@ -56,8 +56,6 @@ def answers(path: Path) -> Iterator[None]:
         if found & 0xFF == sqlite3.SQLITE_CANTOPEN:
             raise ConfigurationError(f"The database {path} cannot be opened: check its folder and owner.") from error
         raise
-    except sa.exc.TimeoutError as error:
-        raise Busy("Too many requests wait for the database; try again in a moment.") from error
 
 
 def _no_space(place: Path) -> bool:

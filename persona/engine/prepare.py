@@ -11,6 +11,7 @@ builds it, and the others wait. transformers and gguf are imported here only, an
 one sentence.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -83,16 +84,16 @@ def fetch(name: str, cache: Path, weights: str, notify: Notify) -> Prepared:
 @contextmanager
 def _alone(folder: Path, notify: Notify) -> Iterator[None]:
     """While no other process builds in this folder. The lock goes with the process that has it, however that ends."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             notify("waiting for another process, which is preparing a model", 0.0)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system that has no locks
+                raise
         yield
-    finally:
-        os.close(lock)
 
 
 def _build(name: str, cache: Path, weights: str, target: Path, notify: Notify) -> None:

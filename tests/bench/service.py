@@ -38,17 +38,17 @@ async def ask(session, url, key, talk, tokens):
         assert answer.status == 200, await answer.text()
         await answer.read()
 
-async def talks(session, url, tokens, requests, key):
-    draw, talk = random.Random(key), []
+async def talks(session, url, tokens, requests, key, seed):
+    draw, talk = random.Random(seed), []
     for number in range(requests):
         text = " ".join(draw.choices("{WORDS}".split(), k=40))
         talk = [*talk[-6:], {{"role": "user", "content": text}}]
         await ask(session, url, key, talk, tokens)
-        talk = [*talk, {{"role": "assistant", "content": "tea tea"}}]
+        talk = [*talk, {{"role": "assistant", "content": "tea" * tokens}}]
 
-async def main(url, tokens, requests, key):
+async def main(url, tokens, requests, key, seed):
     async with aiohttp.ClientSession() as session:
-        await talks(session, url, int(tokens), int(requests), key)
+        await talks(session, url, int(tokens), int(requests), key, seed)
 
 asyncio.run(main(*sys.argv[1:]))
 """
@@ -75,7 +75,7 @@ async def main(*, as_json: bool) -> None:
         engine = Engine()
         async with app.build(settings, engine=engine, tokenizer=Text.load(model.folder), prepared=None) as house:
             key = await _user(settings)
-            await _talk(house.url, key, tokens=2, requests=TURNS // 2)  # the history, and everything is warm
+            await _talk(house, key, tokens=2, requests=TURNS // 2)  # the history, and everything is warm
             few, waits = await _measured(house, engine, key, tokens=2, requests=REQUESTS)
             many, _ = await _measured(house, engine, key, tokens=TOKENS, requests=REQUESTS // 4)
         figures: dict[str, Any] = {
@@ -100,16 +100,26 @@ async def _measured(
 
     users.authenticate = noted  # type: ignore[method-assign]
     computed = time.process_time()
-    await _talk(house.url, key, tokens=tokens, requests=requests)
+    await _talk(house, key, tokens=tokens, requests=requests)
     spent = time.process_time() - computed
     users.authenticate = authenticate  # type: ignore[method-assign]
     return spent / requests, [asked - came for came, asked in zip(arrived, engine.asked, strict=True)]
 
 
-async def _talk(url: str, key: str, *, tokens: int, requests: int) -> None:
-    command = (sys.executable, "-c", CLIENT, f"{url}/v1/chat/completions", str(tokens), str(requests), key)
-    process = await asyncio.create_subprocess_exec(*command)
+async def _talk(house: app.House, key: str, *, tokens: int, requests: int) -> None:
+    """A conversation that nobody has had before: every turn of it is stored."""
+    before = await _turns(house)
+    url, seed = f"{house.url}/v1/chat/completions", str(before)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", CLIENT, url, str(tokens), str(requests), key, seed)
+    )
     assert await process.wait() == 0
+    assert await _turns(house) == before + 2 * requests
+
+
+async def _turns(house: app.House) -> int:
+    (user,) = await house.services.users.all()
+    return len(await house.services.history.page(user.id, limit=100_000))
 
 
 async def _user(settings: Settings) -> str:

@@ -38,7 +38,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> str:
     users = [await Users(db).add(f"user-{number}") for number in range(arguments.users)]
     events, kinds, size = Events(db), arguments.kinds.split(","), arguments.size
     statements: list[str] = []
-    sa.event.listen(db._writer.sync_engine, "before_cursor_execute", lambda *call: statements.append(call[2]))
+    sa.event.listen(db._writer, "before_cursor_execute", lambda *call: statements.append(call[2]))
     seconds = []
     for first in range(0, arguments.batches * size, size):
         batch = [arrived(at, users[at % len(users)], kinds[at % len(kinds)]) for at in range(first, first + size)]

@@ -1,6 +1,7 @@
 """The file itself: settings, schema, writers at once, damage, full disk, locks, backups."""
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -9,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -172,6 +174,7 @@ async def test_what_is_done_at_once_is_committed_though_its_caller_leaves(db, us
 
     async def pause() -> None:
         loop.call_soon_threadsafe(pausing.cancel)
+        time.sleep(0.1)  # noqa: ASYNC251 - it has a thread of its own
         async with db.write() as connection:
             await connection.exec_driver_sql("UPDATE users SET paused = 1")
 
@@ -179,6 +182,44 @@ async def test_what_is_done_at_once_is_committed_though_its_caller_leaves(db, us
     with pytest.raises(asyncio.CancelledError):
         await pausing
     assert [user.paused for user in await users.all()] == [True]
+
+
+async def test_nothing_can_be_written_where_the_database_is_only_read(db, users):
+    async def writes():
+        async with db.write():
+            pass
+
+    with pytest.raises(RuntimeError, match="only read"):
+        await db.at_once(writes())
+    await users.add("ann")
+
+
+async def test_a_reader_who_left_holds_no_old_state_and_no_deleted_byte(db, users):
+    """Of what was read nothing is left to be read: a statement in the middle of its rows would keep its view."""
+    for number in range(3):
+        await users.add(f"user{number}")
+
+    async def read() -> None:
+        async with db.read() as connection:
+            leaving.cancel()
+            await connection.exec_driver_sql("SELECT * FROM users")
+
+    leaving = asyncio.create_task(read())
+    with pytest.raises(asyncio.CancelledError) as held:
+        await leaving
+    await users.add("ann")
+    assert len(await users.all()) == 4
+    assert await db.scrub(wait=1.0)
+    assert held.value is not None
+
+
+async def test_a_writer_who_leaves_waits_no_longer_for_another_programs_lock(db, users):
+    with contextlib.closing(plain(db.path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(users.add("ann"), 0.1)
+        assert not db._writing.locked()
+    await users.add("ann")
 
 
 async def test_a_reader_sees_one_state_while_others_write(db, users):

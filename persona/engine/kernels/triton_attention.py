@@ -22,7 +22,7 @@ BLOCK = 32  # tokens at a time
 WARPS = 8  # of a program for prompts, which would spill registers with the usual four
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])
 def _part(
     q, keys, values, table, lengths, parts, sums,
     q_row, q_head, k_page, k_place, k_head, v_page, v_place, v_head, table_row, lengths_row,
@@ -113,7 +113,7 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Deco
     return out.view(count, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])  # its multiples of 16, and 1, would be compiled when they first come
 def _prompts(
     q, keys, values, table, blocks, out,
     q_row, q_head, k_page, k_place, k_head, v_page, v_place, v_head, table_row, scale, size, dim, group,
