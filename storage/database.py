@@ -415,10 +415,11 @@ async def unindex(connection: Transaction, ids: sa.Select[Any]) -> None:
 def hits(user_id: UserId, phrases: Sequence[str], before: int, most: int) -> sa.TextClause:
     """The user's entries below `before` that hold each of the `words.phrases`, the newest `most` of each phrase.
 
-    Rows are (phrase: its position, id, tokens). The cross join keeps the index in front of the table.
+    One row a phrase, its ids and their entries' tokens as lists in JSON: ten thousands of hits are too many for rows.
+    The cross join keeps the index in front of the table.
     """
-    one = """SELECT * FROM (SELECT {at} AS phrase, entries.id, entries.tokens
-        FROM entries_fts CROSS JOIN entries ON entries.id = entries_fts.rowid
+    one = """SELECT json_group_array(id) AS ids, json_group_array(tokens) AS tokens
+        FROM (SELECT entries.id, entries.tokens FROM entries_fts CROSS JOIN entries ON entries.id = entries_fts.rowid
         WHERE entries_fts MATCH :p{at} AND entries.user_id = :user AND entries_fts.rowid < :before
         ORDER BY entries_fts.rowid DESC LIMIT :most)"""
     asked = {f"p{at}": f'owner : "u{user_id}" AND words : {phrase}' for at, phrase in enumerate(phrases)}

@@ -197,10 +197,9 @@ class History:
     ) -> list[Entry]:
         """The user's entries that share words with `text`, best first. Whatever stands in `text` is only words."""
         phrases = words.phrases(identity.printable(text))
-        left = set(exclude)
+        most = min(limit, _MOST_FOUND)
         async with self._db.read() as connection:
-            ranked = await ranking.best(connection, user_id, phrases, before)
-            ids = [entry_id for entry_id in ranked if entry_id not in left][: min(limit, _MOST_FOUND)]
+            ids = await ranking.best(connection, user_id, phrases, before, exclude=exclude, limit=most)
             found = await connection.execute(_mine(user_id).where(entries.c.id.in_(ids)))
             by_id = {row.id: _entry(row) for row in found}
         return [by_id[entry_id] for entry_id in ids]

@@ -4,9 +4,11 @@ The index is shared, its own ranking would be too: then a user could read from a
 Of each word the newest entries count, so that the work is bounded however long the history is.
 """
 
+import heapq
+import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 
 import sqlalchemy as sa
 
@@ -22,21 +24,33 @@ _LENGTH = 0.75
 
 
 async def best(
-    connection: Transaction, user_id: UserId, phrases: Sequence[str], before: EntryId | None
+    connection: Transaction,
+    user_id: UserId,
+    phrases: Sequence[str],
+    before: EntryId | None,
+    *,
+    exclude: Collection[EntryId],
+    limit: int,
 ) -> list[EntryId]:
-    """Entries that hold any of the `words.phrases`, best first; among equals the newest."""
+    """`limit` entries that hold any of the `words.phrases`, best first; among equals the newest."""
     if not phrases:
         return []
     columns = sa.func.count().label("entries"), sa.func.avg(entries.c.tokens).label("tokens")
     everything = (await connection.execute(sa.select(*columns).where(entries.c.user_id == user_id))).one()
     below = _LAST if before is None else before
-    found = (await connection.execute(database.hits(user_id, phrases, below, _MOST))).all()
-    counts = Counter(row.phrase for row in found)
-    scores: defaultdict[EntryId, float] = defaultdict(float)
+    found = await connection.execute(database.hits(user_id, phrases, below, _MOST))
+    weights: dict[int, float] = {}  # by tokens
+    scores: defaultdict[int, float] = defaultdict(float)
     for row in found:
-        rarity = math.log(1 + (everything.entries - counts[row.phrase] + 0.5) / (counts[row.phrase] + 0.5))
-        scores[EntryId(row.id)] += rarity * _weight(row.tokens / (everything.tokens or 1.0))
-    return sorted(scores, key=lambda entry_id: (-scores[entry_id], -entry_id))
+        ids, lengths = json.loads(row.ids), json.loads(row.tokens)
+        rarity = math.log(1 + (everything.entries - len(ids) + 0.5) / (len(ids) + 0.5))
+        weights |= {length: _weight(length / (everything.tokens or 1.0)) for length in {*lengths} - weights.keys()}
+        for entry_id, length in zip(ids, lengths, strict=True):
+            scores[entry_id] += rarity * weights[length]
+    for entry_id in exclude:
+        scores.pop(entry_id, None)
+    first = heapq.nsmallest(limit, scores, key=lambda entry_id: (-scores[entry_id], -entry_id))
+    return [EntryId(entry_id) for entry_id in first]
 
 
 def _weight(length: float) -> float:
