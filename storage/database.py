@@ -179,8 +179,9 @@ class Database:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait), self._writing:
                     pass
-            await self._thread(self._reader.dispose)
-            await self._thread(self._writer.dispose)  # the threads end with this object
+            await in_thread(self._reader.dispose)
+            await in_thread(self._writer.dispose)
+            self._threads.shutdown(wait=False)  # of a statement that goes on after all, they wait for the end
 
     @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:
@@ -247,7 +248,8 @@ class Database:
         self._idle.clear()
         try:
             try:
-                await asyncio.wait_for(self._places.acquire(), _LONGEST)
+                async with asyncio.timeout(_LONGEST):
+                    await self._places.acquire()
             except TimeoutError:
                 raise Busy("Too many requests wait for the database; try again in a moment.") from None
             try:

@@ -188,7 +188,7 @@ async def meanwhile(world: World, user: User, what: str) -> None:
         case "another version serves":
             await world.adapters.rollback(user.id, 0)
         case "another plan":
-            changed = learning.model_copy(update={"learning_rate": 1e-3})
+            changed = learning.model_copy(update={"warm_rate": 5e-4})
             world.settings = world.settings.model_copy(update={"learning": changed})
 
 
