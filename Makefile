@@ -38,8 +38,8 @@ help:  ## list the targets
 run: $(STAMP)  ## start persona with CONFIG=configs/demo.toml; TORCH=cpu|cuda chooses the build of torch
 	@$(BIN)/persona serve --config $(CONFIG) --demo
 
-test: $(STAMP) $(TRITON)  ## run the whole test suite; ARGS are passed to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) $(TRITON)  ## run the whole test suite, a core or more for each worker; ARGS are passed to pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check $(SOURCES)

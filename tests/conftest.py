@@ -7,6 +7,12 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+# Several workers (`make test`): each has its share of the cores, and so have the processes that it starts.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
+    cores, number = sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw"))
+    mine = cores[number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, mine or cores)
+
 import aiohttp
 import pytest
 import structlog
@@ -20,6 +26,11 @@ from persona.settings import Settings
 
 # Triton reads it when it is first imported, by whatever library: kernels run in its interpreter (tests/engine/kernels).
 os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: the others have time to share the rest."""
+    items.sort(key=lambda item: item.path.name != "test_story.py")
 
 
 @pytest.fixture(autouse=True)
