@@ -86,15 +86,15 @@ class Transaction:
         self._connection, self._run = connection, run
 
     async def execute(self, statement: sa.Executable, parameters: Any = None) -> sa.CursorResult[Any]:
-        found: sa.CursorResult[Any] = await self._run(_whole, self._connection.execute, statement, parameters)
+        found: sa.CursorResult[Any] = await self._run(_read_out, self._connection.execute, statement, parameters)
         return found
 
     async def exec_driver_sql(self, statement: str) -> sa.CursorResult[Any]:
-        found: sa.CursorResult[Any] = await self._run(_whole, self._connection.exec_driver_sql, statement)
+        found: sa.CursorResult[Any] = await self._run(_read_out, self._connection.exec_driver_sql, statement)
         return found
 
 
-def _whole(execute: Callable[..., sa.CursorResult[Any]], *args: Any) -> Any:
+def _read_out(execute: Callable[..., sa.CursorResult[Any]], *args: Any) -> Any:
     """With every row there is: a statement that is not read to its end holds its view of the file open."""
     found = execute(*args)
     return found.freeze()() if found.returns_rows else found
@@ -357,7 +357,8 @@ class Database:
         self._readable.clear()
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await self._idle.wait()
             yield
         finally:
             self._readable.set()
