@@ -172,6 +172,19 @@ class Cost:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Assistant:
+    """Loss per token, NaN of no tokens: on the reference set, and on the bare base's own replies to its questions."""
+
+    reference: float
+    replies: float
+
+    def cost(self, after: "Assistant") -> Cost:
+        """What it costs to become `after`, if this is the bare base."""
+        drift = after.reference / self.reference - 1 if self.reference else math.nan
+        return Cost(drift, after.replies - self.replies)
+
+
 class Scorer:
     """Losses of one set of messages under any side."""
 
@@ -200,16 +213,14 @@ class Scorer:
         return await self._losses(framed, side.adapter)
 
     async def cost(self, adapter: AdapterRef | None, rehearsal: Rehearsal) -> Cost:
-        neutral, own = await self.reference(None), await rehearsal.replies([ask for ask, _ in reference()])
-        drift = await self.reference(adapter) / neutral - 1 if neutral else math.nan
-        before, after = await self._losses(own, None), await self._losses(own, adapter)
-        return Cost(drift, _mean(after) - _mean(before))
+        """What the assistant pays for `adapter`."""
+        return (await self.assistant(None, rehearsal)).cost(await self.assistant(adapter, rehearsal))
 
-    async def reference(self, adapter: AdapterRef | None) -> float:
-        """Loss per token on the reference answers."""
+    async def assistant(self, adapter: AdapterRef | None, rehearsal: Rehearsal) -> Assistant:
         asked = [([*self._system(""), Message(Role.USER, ask)], answer) for ask, answer in reference()]
-        framed = [frames.reply(context, answer, tokenizer=self._tokenizer) for context, answer in asked]
-        return _mean(await self._losses(framed, adapter))
+        neutral = [frames.reply(context, answer, tokenizer=self._tokenizer) for context, answer in asked]
+        own = await rehearsal.replies([ask for ask, _ in reference()])
+        return Assistant(_mean(await self._losses(neutral, adapter)), _mean(await self._losses(own, adapter)))
 
     def _turn(self, message: HeldOut, watermark: EntryId) -> frames.Framed:
         """The prompt of `message` when it was sent, as a version with `watermark` would have got it."""

@@ -4,12 +4,14 @@ Every comparison is between two conditions on the same messages. An interval com
 messages anew with replacement (a hierarchical bootstrap): it answers what other people would show, not only these.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from jobs.rounds import Kept
 from jobs.trial import Result
 
 DRAWS = 2000
@@ -70,6 +72,9 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
     forgot = [result.replies["adapter"] - result.replies["base"] for result in results if result.replies]
     if forgot:
         found["forgetting"] = {"mean": float(np.mean(forgot)), "worst": max(forgot)}  # nats per token
+    kept = Counter(way for result in results for way in result.kept)
+    if kept:
+        found["kept"] = {way.value: kept[way] for way in Kept}  # rounds
     for part in ("recognised", "answered"):
         names = sorted({name for result in results for name in getattr(result, part)})
         if names:
@@ -84,8 +89,9 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
 def as_dict(result: Result) -> dict[str, Any]:
     """One person for a script: losses per token, and nats of each message for further comparisons; no text."""
     conditions = {name: result.loss(name) for name in result.nats}
-    about: dict[str, Any] = {"user": result.name, "tokens": result.own_tokens, "held_out_messages": len(result.lengths)}
-    about |= {"held_out_tokens": sum(result.lengths), "conditions": conditions, "context_is": result.chosen}
+    about: dict[str, Any] = {"user": result.name, "tokens": result.own_tokens, "kept": result.kept}
+    about |= {"held_out_messages": len(result.lengths), "held_out_tokens": sum(result.lengths)}
+    about |= {"conditions": conditions, "context_is": result.chosen}
     about["gain"] = gain(result, "context", "adapter_context")
     about["gain_interval"] = list(interval(result, "context", "adapter_context"))
     about |= {"reference": result.reference, "replies": result.replies}

@@ -43,6 +43,9 @@ def evaluate(
     probes: Annotated[int, typer.Option(min=0, help="Messages a person for the recognition tests.")] = 10,
     questions: Annotated[int, typer.Option(min=0, max=100, help="Questions with known answers to ask.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the training: repeat it with others.")] = 0,
+    gate: Annotated[
+        bool, typer.Option(help="Keep half of what costs the assistant too much, or nothing, as the service does.")
+    ] = True,
     plot: Annotated[Path | None, typer.Option(help="SVG file to draw into.")] = None,
     json: Json = False,
 ) -> None:
@@ -55,7 +58,7 @@ def evaluate(
     from jobs.trial import Options  # half a second that no other command needs
     from persona import cli_trial
 
-    options = Options(tokens, rounds, cli_trial.context(contexts), probes, questions, seed)
+    options = Options(tokens, rounds, cli_trial.context(contexts), probes, questions, seed, gate)
     wishes = cli_trial.Wishes(data, users, only, without, prior, plot, options)
     cli_trial.trial(settings(context), wishes, json=json)
 

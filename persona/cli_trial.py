@@ -190,5 +190,7 @@ def _show(results: list[Result], said: dict[str, Any]) -> None:
         if isinstance(one, dict) and "gain" in one:
             better = f"{one['better']:.0%} of {one['people']} people better"
             say(f"{told}: {one['gain']:.1%} ({one['low']:.1%} … {one['high']:.1%}), {better}")
+        elif name == "kept":
+            say(f"rounds kept: {', '.join(f'{key} {value}' for key, value in one.items())}")
         elif isinstance(one, dict) and name != "losses":
             say(f"{told}: {', '.join(f'{key} {value:.3f}' for key, value in one.items())}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,9 +74,8 @@ EVAL = ("eval", "--contexts", "recent:256,found:256", "--rounds", 1, "--probes",
 
 def test_an_experiment_is_told_drawn_and_leaves_nothing_behind(persona: Command, home: Path, tmp_path: Path) -> None:
     plot = tmp_path / "gain.svg"
-    said = persona.told(
-        *EVAL, "--data", home / "all.jsonl", "--users", 2, "--questions", 2, "--plot", plot, "--seed", 5, "--json"
-    )
+    how = ("--users", 2, "--questions", 2, "--seed", 5, "--no-gate")
+    said = persona.told(*EVAL, "--data", home / "all.jsonl", *how, "--plot", plot, "--json")
     users, summary = said["users"], said["summary"]
     assert [user["user"] for user in users] == ["ann", "bob"]  # type: ignore[attr-defined]
     for user in users:  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ def test_an_experiment_is_told_drawn_and_leaves_nothing_behind(persona: Command,
     assert summary["adapter_over_wrong_user"]["better"] == 1.0  # type: ignore[index]
     assert summary["adapter_context_over_context"]["people"] == 2  # type: ignore[index]
     contexts = [{"kind": "recent", "tokens": 256}, {"kind": "found", "tokens": 256}]
-    asked = {"tokens": None, "rounds": 1, "contexts": contexts, "probes": 3, "questions": 2, "seed": 5}
+    asked = {"tokens": None, "rounds": 1, "contexts": contexts, "probes": 3, "questions": 2, "seed": 5, "gate": False}
     assert said["options"] == asked
     ElementTree.fromstring(plot.read_text(encoding="utf-8"))
 
@@ -95,6 +95,7 @@ def test_people_read_it_as_a_table(persona: Command, home: Path) -> None:
     result = persona(*EVAL, "--data", home / "all.jsonl", "--only", "bob,ann")
     assert result.exit_code == 0, result.output
     assert "adapter context over context" in result.output
+    assert re.search(r"rounds kept: whole [012], half [012], nothing [012]", result.output)
     assert result.output.index("bob") < result.output.index("ann")
 
 

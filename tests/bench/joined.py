@@ -41,7 +41,7 @@ def result(told: dict[str, Any]) -> Result:
     made = Result(told["user"], told["tokens"], told["messages"]["tokens"], told["messages"]["nats"])
     made.reference, made.replies = told["reference"], told["replies"]
     made.recognised, made.answered = told["recognised"], told["answered"]
-    made.bytes, made.seconds = told["bytes"], told["seconds"]
+    made.bytes, made.seconds, made.kept = told["bytes"], told["seconds"], told.get("kept", [])
     return made
 
 
@@ -58,6 +58,7 @@ def averaged(runs: Sequence[Result]) -> Result:
         told = [getattr(run, part) for run in runs]
         names = [name for name in told[0] if all(name in one for one in told)]
         setattr(made, part, {name: float(np.mean([one[name] for one in told])) for name in names})
+    made.kept = [way for run in runs for way in run.kept]
     made.bytes, made.seconds = round(np.mean([r.bytes for r in runs])), float(np.mean([r.seconds for r in runs]))
     return made
 

@@ -1,6 +1,7 @@
 """The instrument on a real small engine: everybody learns their own words, and what is tested was never trained on."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import people as files
@@ -107,9 +108,10 @@ async def test_nothing_that_is_tested_was_trained_on_and_each_prompt_ends_before
 ) -> None:
     some = people.read(files.write(tmp_path / "all.jsonl", count=40, people=("ann",)))
     marked = [item.__class__(f"{item.text} end{i:02}", item.ts, item.id) for i, item in enumerate(some[0].items)]
-    watched, made = Watched(parts.engine), trial(parts)
-    made._engine = watched  # type: ignore[assignment]
-    (result,) = await made.run([people.Person("ann", tuple(marked))], Options(rounds=1, contexts=CONTEXTS, probes=0))
+    watched = Watched(parts.engine)
+    made = trial(replace(parts, engine=watched))  # type: ignore[type-var]
+    options = Options(rounds=1, contexts=CONTEXTS, probes=0, gate=False)
+    (result,) = await made.run([people.Person("ann", tuple(marked))], options)
     trained = "\n".join(parts.tokenizer.decode(e.tokens) for request in watched.trained for e in request.examples)
     count = len(result.lengths)
     assert "end33" in trained

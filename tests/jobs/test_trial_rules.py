@@ -1,6 +1,7 @@
 """What the instrument promises whatever the model learns, on an engine that says what it is told."""
 
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import pytest
 from histories import DAWN, TEXT
 from world import World
 
-from jobs import plans
+from jobs import plans, summary
 from jobs.people import Person
 from jobs.rehearsal import Rehearsal
-from jobs.trial import Context, Options, Trial
+from jobs.trial import Context, Options, Result, Trial
 from persona import prompt
 from persona.domain import Line
+from persona.engine.protocol import AdapterRef, ScoreRequest, TrainRequest
 from persona.errors import RequestError
 from storage.history import ImportItem
 
@@ -72,7 +74,7 @@ async def test_search_looks_among_what_the_trial_uses_and_nowhere_else(world: Wo
     old, new = said(100, "fox"), [f"{text}, and later it was told to everybody here" for text in said(40, "fox")]
     own = sum(len(text) for text in new)
     (result,) = await trial(world).run(
-        [person("ann", old + new)], Options(tokens=own, rounds=1, contexts=FOUND, probes=0)
+        [person("ann", old + new)], Options(tokens=own, rounds=1, contexts=FOUND, probes=0, gate=False)
     )
     prompts = [TEXT.decode(request.tokens) for request in world.engine.scored[: 2 * len(result.lengths)]]
     quoting = [text.partition(prompt.FOUND)[2] for text in prompts if prompt.FOUND in text]
@@ -85,7 +87,7 @@ async def test_search_looks_among_what_the_trial_uses_and_nowhere_else(world: Wo
 
 async def test_a_long_quotation_of_what_search_finds_is_full(world: World) -> None:
     await begin_anew(world, 8192)
-    options = Options(rounds=1, contexts=(Context("found", 6000),), probes=0)
+    options = Options(rounds=1, contexts=(Context("found", 6000),), probes=0, gate=False)
     (result,) = await trial(world).run([person("ann", said(200))], options)
     prompts = [TEXT.decode(request.tokens) for request in world.engine.scored[: 2 * len(result.lengths)]]
     line = len('2026-03-01\nuser: "the fox is north of south by under"\n')
@@ -113,11 +115,72 @@ async def test_the_curve_has_prior_and_another_persons_adapter_of_the_same_round
     world.engine.predicts = lambda request: (
         [-float(request.adapter.number if request.adapter else 9)] * len(request.targets)
     )
-    results = await trial(world, prior=plans.folder(prior)).run(
-        [person("ann", said(60)), person("bob", said(80, "dog"))], Options(rounds=2, contexts=RECENT, probes=0)
-    )
+    some = [person("ann", said(60)), person("bob", said(80, "dog"))]
+    options = Options(rounds=2, contexts=RECENT, probes=0, gate=False)
+    results = await trial(world, prior=plans.folder(prior)).run(some, options)
     found = [[(point["adapter"], point["wrong_user"], point["prior"]) for point in one.curve] for one in results]
-    assert found == [[(30, 40, 0), (60, 80, 0)], [(40, 30, 0), (80, 60, 0)]]
+    numbered = [[(30, 40, 0), (60, 80, 0)], [(40, 30, 0), (80, 60, 0)]]  # by entries, two candidates for each
+    assert found == [[(2 * own, 2 * wrong, 0) for own, wrong, _ in one] for one in numbered]
     await begin_anew(world, 4096)
     alone = await trial(world).run([person("eve", said(60))], Options(rounds=1, contexts=RECENT, probes=0))
     assert set(alone[0].curve[0]) == {"tokens", "base", "context", "adapter", "adapter_context"}
+
+
+def costing(world: World, too_much: Callable[[AdapterRef], bool]) -> None:
+    """The assistant pays for these adapters what no gate allows; everybody's own words are likelier under any."""
+
+    def predicts(request: ScoreRequest) -> list[float]:
+        if "fox is" in TEXT.decode(request.tokens):
+            return [-1.0 if request.adapter else -2.0] * len(request.targets)
+        return [-2.5 if request.adapter and too_much(request.adapter) else -2.0] * len(request.targets)
+
+    world.engine.predicts = predicts
+
+
+async def learned(world: World, *, gate: bool = True) -> tuple[Result, list[TrainRequest]]:
+    options = Options(rounds=2, contexts=RECENT, probes=0, gate=gate)
+    (result,) = await trial(world).run([person("ann", said(80))], options)
+    return result, world.engine.trained
+
+
+def half(adapter: AdapterRef | None) -> bool:
+    return adapter is not None and adapter.path.endswith("half")
+
+
+async def test_what_costs_the_assistant_too_much_is_kept_by_half(world: World) -> None:
+    costing(world, lambda adapter: not half(adapter))
+    result, (_, second) = await learned(world)
+    assert result.kept == ["half", "half"]
+    assert half(second.start)
+    assert result.reference["adapter"] == result.reference["base"]
+    assert result.loss("adapter") < result.loss("base")
+
+
+async def test_where_half_costs_too_much_what_was_there_stays_and_the_next_round_learns_both(world: World) -> None:
+    costing(world, lambda adapter: adapter.number < 2 * 80)
+    result, (first, second) = await learned(world)
+    assert result.kept == ["nothing", "whole"]
+    assert second.start is None
+    told = [{TEXT.decode(example.tokens) for example in request.examples} for request in (first, second)]
+    own = [{text for text in texts if "fox is" in text} for texts in told]
+    assert own[0] < own[1]
+    assert result.curve[0]["tokens"] == 0
+    assert result.curve[0]["adapter"] == result.loss("base") == result.loss("stale")
+    assert result.own_tokens > sum(len(text) for text in said(40))
+
+
+async def test_a_person_of_whom_nothing_is_kept_has_the_base(world: World) -> None:
+    costing(world, lambda adapter: True)
+    result, _ = await learned(world)
+    assert (result.kept, result.own_tokens, result.bytes) == (["nothing", "nothing"], 0, 0)
+    assert result.nats["adapter"] == result.nats["base"]
+    assert summary.summary([result])["kept"] == {"whole": 0, "half": 0, "nothing": 2}
+
+
+async def test_without_a_gate_whatever_was_trained_is_measured(world: World) -> None:
+    costing(world, lambda adapter: True)
+    result, (_, second) = await learned(world, gate=False)
+    assert result.kept == ["whole", "whole"]
+    assert second.start is not None
+    assert not half(second.start)
+    assert result.reference["adapter"] > result.reference["base"]
