@@ -2,12 +2,12 @@
 
     wires.py     requests come in ──┐                                   ┌── answers go out     protocol.py: their form
                                     ▼                                   │
-    loop.py      _dispatch ─> scheduler.plan ─> runner.run ─> _deliver ─┴─> slices.work        one thread does it all
+    loop.py      _dispatch ─> scheduler.plan ─> runner.run ─> deliver ──┴─> slices.work        one thread does it all
                                     │               │             │           │
     who may wait admission.py, ─────┤               │             │           ├── jobs/trainer.py   training, sliced
     whose turn   waiting.py         │               │             │           │
     memory       pages.py, shelf.py,┤               │             │           └── branches.py       scoring, sliced
-                 prefix.py          │               │             └── sampler.py, reply.py, stops.py
+                 prefix.py          │               │             └── underway.py: sampler.py, reply.py, stops.py
     adapters     tiers.py: disk ─> RAM ─> device    │
                  (a thread beside the steps)        ├── CPU: kernels/native.py, step.c   one call
                                                     ├── GPU: graphs.py                   a replay

@@ -10,13 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import structlog
 
-from persona.engine import protocol, reply, slices
+from persona.engine import protocol, slices
 from persona.engine.admission import Admission
 from persona.engine.awaiting import Awaiting, Errand
 from persona.engine.compiling import Coming, Compiling
@@ -32,11 +31,10 @@ from persona.engine.protocol import (
     Reply,
     Request,
     Scores,
-    TokenLogprob,
 )
-from persona.engine.refusals import failed, fatal, starved, trouble
+from persona.engine.refusals import failed, fatal, trouble
 from persona.engine.reply import Generation
-from persona.engine.runner import Result, Runner
+from persona.engine.runner import Runner
 from persona.engine.sampler import Sampler
 from persona.engine.scheduler import Plan, Scheduler, Sequence
 from persona.engine.score_all import ByAdapter, Wanted
@@ -45,14 +43,12 @@ from persona.engine.slices import Scoring, Slices
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer, Text
 from persona.engine.tiers import Tiers
-from persona.errors import Busy, EngineDown, PersonaError, RequestError, TooLarge, Unprocessable
+from persona.engine.underway import Ahead, Job, Score, Underway
+from persona.errors import Busy, PersonaError, TooLarge
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
 ScoreSlices = Callable[[Wanted], slices.Scores]
 NEVER_FITS = "Prompt, reply and the user's adapter together are larger than the engine's memory; ask for less."
-NO_MEMORY = "The engine ran out of memory under this request; try a shorter one."
-BROKEN = "The engine failed under this request; the log says how. Try again, or another request."
-NOT_FINITE = "This version of the base or of the user's adapter computes values that are not finite."
 log = structlog.get_logger("engine")
 
 
@@ -60,25 +56,6 @@ class Base(Protocol):
     """The unchanging part of Health."""
 
     def __call__(self) -> Health: ...
-
-
-@dataclass(slots=True)
-class _Score:
-    """Log-probabilities in the making."""
-
-    sequence: Sequence
-    told: bool  # with alternatives
-    found: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Ahead:
-    """The beginning of a coming prompt in the making."""
-
-    sequence: Sequence
-
-
-Job = Generation | _Score | _Ahead
 
 
 class EngineLoop:
@@ -102,15 +79,15 @@ class EngineLoop:
     ) -> None:
         """patience: seconds within which a request must be admitted, or it is refused."""
         self._scheduler, self._runner, self._tiers, self._clock = scheduler, runner, tiers, clock
-        self._text, self._train, self._about, self._eos, self._send = text, train, about, eos, send
-        self._jobs: dict[int, Job] = {}
+        self._text, self._train, self._about, self._send = text, train, about, send
+        self._underway = Underway(scheduler, eos, send)
         self._awaiting = Awaiting(tiers)
         self._compiling = Compiling(grammars)
-        self._admission = Admission(scheduler, self._compiling, patience=patience, clock=clock)
+        self._admission = Admission(scheduler, self._compiling, about, patience=patience, clock=clock)
         self._score_slices = score
         self._slices = Slices(send, self._aside)
         self._stalled = False
-        self._steps = self._tokens = 0
+        self._steps = 0
 
     @property
     def idle(self) -> bool:
@@ -189,13 +166,7 @@ class EngineLoop:
                 self._send(protocol.Pong(request.id, self._health()))
 
     def _generate(self, job: int, request: protocol.GenerateRequest) -> None:
-        limit = len(request.tokens) + request.sampling.max_tokens
-        if any(not 0 <= token < self._about().vocab for token, _ in request.sampling.logit_bias):
-            raise RequestError("logit_bias names a token that the model does not have.", param="logit_bias")
-        sequence = self._sequence(job, request.tokens, limit, request.adapter)
-        sequence.user_id = request.user_id
-        if request.user_id:
-            sequence.owner = Owner(request.user_id, request.adapter)
+        sequence = self._admission.generation(job, request)
         if request.sampling.grammar:
             self._compiling.add(sequence, request)
             self._trim()
@@ -220,7 +191,7 @@ class EngineLoop:
     def _enter(self, job: Job) -> None:
         """Into the waiting room. Raises Busy if its turn would come too late."""
         self._admission.enter(job.sequence)
-        self._jobs[job.sequence.id] = job
+        self._underway.add(job)
         self._trim()
 
     def _trim(self) -> None:
@@ -230,8 +201,8 @@ class EngineLoop:
 
     def _send_away(self, some: list[Sequence]) -> None:
         for sequence in some:
-            if sequence.id in self._jobs:
-                self._remove(sequence.id)
+            if sequence.id in self._underway:
+                self._underway.remove(sequence.id)
             else:
                 self._compiling.abort(sequence.id)
         for sequence in some:
@@ -241,23 +212,15 @@ class EngineLoop:
         if not request.targets:
             self._send(Scores(job, []))
             return
-        _check_targets(request)
-        sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
-        sequence.targets, sequence.top = tuple(request.targets), request.top or 0
-        sequence.user_id, sequence.background = request.user_id, not request.user_id
-        self._enter(_Score(sequence, request.top is not None))
+        self._enter(Score(self._admission.scoring(job, request), request.top is not None))
 
     def _prefill(self, job: int, request: protocol.PrefillRequest) -> None:
-        sequence = self._sequence(job, request.tokens, len(request.tokens), request.adapter)
-        sequence.owner, sequence.user_id = Owner(request.user_id, request.adapter), request.user_id
-        sequence.background = sequence.silent = True
-        self._enter(_Ahead(sequence))
+        self._enter(Ahead(self._admission.prefill(job, request)))
 
     def _score_all(self, job: int, requests: list[protocol.ScoreRequest]) -> None:
         for request in requests:
             if request.targets:
-                _check_targets(request)
-                self._sequence(job, request.tokens, len(request.tokens), request.adapter)  # refuses what is too long
+                self._admission.scoring(job, request)  # refuses what cannot be scored
         self._score_next(job, ByAdapter(requests))
 
     def _score_next(self, job: int, asked: ByAdapter) -> None:
@@ -282,19 +245,6 @@ class EngineLoop:
             start(None)
         else:
             self._awaiting.add(Errand(job, group.adapter, start, failed(job, Busy(slices.ABORTED))))
-
-    def _sequence(self, job: int, tokens: list[int], limit: int, adapter: AdapterRef | None) -> Sequence:
-        about = self._about()
-        if not tokens:
-            raise RequestError("The prompt is empty.")
-        if min(tokens) < 0 or max(tokens) >= about.vocab:  # one such row would end the whole step
-            raise RequestError("The prompt holds a token that the model does not have.")
-        if limit > about.context or not self._scheduler.fits(limit):
-            raise TooLarge(
-                f"Prompt and reply together are {limit} tokens; at most {about.context} fit.",
-                code="context_length_exceeded",
-            )
-        return Sequence(job, list(tokens), len(tokens), limit, adapter, since=self._clock())
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -322,7 +272,7 @@ class EngineLoop:
         for errand in self._awaiting.failed(ref):
             self._fail(errand.job, trouble(error))
         for sequence in [s for s in self._scheduler.sequences() if s.adapter == ref and not s.pages]:
-            self._remove(sequence.id)
+            self._underway.remove(sequence.id)
             self._fail(sequence.id, trouble(error))
 
     def _guarded(self, job: int, work: Callable[[], None]) -> None:
@@ -350,8 +300,8 @@ class EngineLoop:
         self._send(protocol.Done(job))
 
     def _abort(self, job: int) -> None:
-        if job in self._jobs:
-            self._finish(job, "abort")
+        if job in self._underway:
+            self._underway.finish(job, "abort")
         elif (errand := self._awaiting.abort(job)) is not None:
             if errand.aborted is not None:
                 self._send(errand.aborted)
@@ -380,7 +330,7 @@ class EngineLoop:
             training=self._slices.training,
             steps=self._steps,
             slices=self._slices.done,
-            generated=self._tokens,
+            generated=self._underway.generated,
         )
 
     # --- step
@@ -390,8 +340,7 @@ class EngineLoop:
         plan = self._scheduler.plan()
         self._admission.left(len(plan.admitted))
         for sequence in plan.refused:
-            del self._jobs[sequence.id]
-            self._fail(sequence.id, TooLarge(NEVER_FITS, code="context_length_exceeded"))
+            self._underway.refused(sequence.id, TooLarge(NEVER_FITS, code="context_length_exceeded"))
         return plan
 
     def _step(self, plan: Plan) -> None:
@@ -404,8 +353,7 @@ class EngineLoop:
             if fatal(error):
                 raise
             log.error("step failed", rows=len(sequences), kind=type(error).__name__)
-            for job in {s.id for s in sequences} & self._jobs.keys():
-                self._finish(job, "error", NO_MEMORY if starved(error) else BROKEN)
+            self._underway.broken(sequences, error)
 
     def _compute(self, plan: Plan, sequences: list[Sequence]) -> None:
         residents = {s.id: s.lease.value if s.lease is not None else None for s in sequences}
@@ -413,58 +361,7 @@ class EngineLoop:
             result = self._runner.run(plan, residents)
         self._steps += 1
         self._scheduler.advanced(plan)
-        for sequence in [s for s in sequences if s.silent and not s.prefilling]:
-            self._remove(sequence.id)
-            self._send(protocol.Done(sequence.id))
-        self._deliver(result)
-
-    def _deliver(self, result: Result) -> None:
-        for sequence, found in result.scores:
-            self._collect(sequence, found)
-        if not result.next:
-            return
-        finite = result.logits.amax(-1).isfinite().tolist()
-        jobs = [self._jobs[s.id] for s in result.next]
-        samplers = [job.sampler for job in jobs if isinstance(job, Generation)]
-        logits = result.logits if all(finite) else result.logits.nan_to_num()
-        drawn = reply.drawn(logits, samplers, self._eos)
-        for sequence, (token, told), sound in zip(result.next, drawn, finite, strict=True):
-            if sound:
-                self._extend(sequence.id, token, told)
-            else:
-                self._finish(sequence.id, "error", NOT_FINITE, Unprocessable if sequence.adapter else EngineDown)
-
-    def _collect(self, sequence: Sequence, found: list[TokenLogprob]) -> None:
-        job = self._jobs[sequence.id]
-        assert isinstance(job, _Score)
-        job.found += found
-        if not sequence.prefilling:
-            self._remove(sequence.id)
-            self._send(Scores(sequence.id, [one.logprob for one in job.found], job.found if job.told else []))
-
-    def _extend(self, job: int, token: int, told: TokenLogprob | None) -> None:
-        generation = self._jobs[job]
-        assert isinstance(generation, Generation)
-        before = generation.generated
-        chunk = generation.add(token, told, self._eos)
-        self._tokens += generation.generated - before
-        if chunk is not None:
-            if chunk.finish is not None:
-                self._remove(job)
-            self._send(Piece(job, chunk))
-
-    def _finish(self, job: int, finish: str, error: str | None = None, kind: type[PersonaError] = EngineDown) -> None:
-        """End a job with its last answer. kind: of an error."""
-        ended = self._remove(job)
-        if isinstance(ended, Generation):
-            self._send(Piece(job, ended.end(finish, error, kind)))
-        else:
-            self._fail(job, Busy(error or slices.ABORTED))
-
-    def _remove(self, job: int) -> Job:
-        ended = self._jobs.pop(job)
-        self._scheduler.remove(ended.sequence)
-        return ended
+        self._underway.deliver(sequences, result)
 
     def _fail(self, job: int, error: PersonaError) -> None:
         self._send(failed(job, error))
@@ -473,10 +370,3 @@ class EngineLoop:
 def _is_older(owner: Owner, ref: AdapterRef) -> bool:
     """Whether `owner` is another version of the same user; what was computed on the bare base stays."""
     return owner.user_id == ref.user_id and owner.adapter is not None and owner.adapter != ref
-
-
-def _check_targets(request: protocol.ScoreRequest) -> None:
-    """Raise RequestError unless targets ascend and have a token before them."""
-    wanted = sorted(set(request.targets))
-    if request.targets != wanted or wanted[0] < 1 or wanted[-1] >= len(request.tokens):
-        raise RequestError("Targets to score must ascend and lie inside the tokens, after the first.")

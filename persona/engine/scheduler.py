@@ -229,13 +229,14 @@ class Scheduler:
             yield from room
 
     def check(self) -> None:
-        """Assert that no page and no lease leaked."""
+        """Assert that no page and no lease leaked, and that every user's requests are counted."""
         everybody, shelf = list(self.sequences()), self._adapters.shelf
         for one in everybody:
             assert one.pages[: len(one.blocks)] == [block.page for block in one.blocks], "pages are not their blocks'"
         own = [one.pages[len(one.blocks) :] for one in everybody]
         self.prefix.check([one.blocks for one in everybody], [*own, *(lease.pages for lease in shelf.leases)])
         shelf.check([one.lease for one in everybody if one.lease is not None])
+        self.shares.check(one.user_id for one in everybody if not one.background)
 
     def wanted(self) -> set[AdapterRef]:
         """The adapters of all running sequences and of those whose turn is near."""

@@ -12,7 +12,7 @@ whoever comes.
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from typing import Generic, Protocol, TypeVar
 
@@ -50,6 +50,10 @@ class Shares:
 
     def __getitem__(self, user_id: int) -> float:
         return self._served.get(user_id, 0.0)
+
+    def check(self, users: Iterable[int]) -> None:
+        """Assert that these are the users of all requests that wait or run."""
+        assert self._active == Counter(users), "requests are counted wrong"
 
     @property
     def active(self) -> int:

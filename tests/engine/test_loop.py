@@ -198,7 +198,7 @@ def test_a_service_that_is_gone_ends_the_loop_without_a_word(bench: Bench, capsy
     def gone(_: Any) -> None:
         raise BrokenPipeError
 
-    bench.loop._send = gone
+    bench.loop._send = bench.loop._underway._send = gone
     with pytest.raises(BrokenPipeError):
         bench.ask(protocol.Ping)
     bench.generate(some_tokens(5))
@@ -338,7 +338,7 @@ def test_a_stop_string_ends_the_reply_before_it(bench: Bench) -> None:
 def test_an_end_token_ends_the_reply_unseen(models: Models) -> None:
     bench = Bench(models)
     following = int(logits(bench.decoder, some_tokens(10))[-1].argmax())
-    bench.loop._eos = frozenset([following])
+    bench.loop._underway._eos = frozenset([following])
     job = bench.generate(some_tokens(10), count=8)
     bench.finish()
     assert (bench.end(job), bench.text(job)) == ("stop", "")

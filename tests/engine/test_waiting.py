@@ -294,7 +294,7 @@ def test_who_has_most_of_what_runs_sits_out_every_second_step_of_anothers_prompt
     bench, jobs = _flooded(models, running=8, flood=5)
 
     def generated(*which: int) -> int:
-        return sum(bench.loop._jobs[job].generated for job in which)
+        return sum(bench.loop._underway._jobs[job].generated for job in which)
 
     light, before = bench.generate(some_tokens(20 + 32 + 32, seed=99), count=4, user=2), generated(*jobs)
     grown = []
