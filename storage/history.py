@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from persona.domain import Entry, EntryId, Finish, Line, Message, Origin, Role, UserId, VersionState
 from persona.errors import NotFound, RequestError
-from storage import database, identity, imports, lineage, ranking, turns, words
+from storage import fulltext, identity, imports, lineage, ranking, turns, words
 from storage.database import Database, Transaction, reading, writing
 from storage.failpoints import reach
 from storage.identity import Turn
@@ -346,7 +346,7 @@ async def _append(
 async def _insert(connection: Transaction, values: dict[str, Any]) -> EntryId:
     made = await connection.execute(sa.insert(entries).values(**values).returning(entries.c.id))
     entry_id = EntryId(made.scalar_one())
-    await database.index(connection, values["user_id"], [(entry_id, values["text"])])
+    await fulltext.add(connection, values["user_id"], [(entry_id, values["text"])])
     return entry_id
 
 
@@ -360,7 +360,7 @@ async def _same_reply(connection: Transaction, values: dict[str, Any]) -> EntryI
 
 async def _remove(connection: Transaction, row: sa.Row[Any]) -> None:
     """Delete one entry: what followed it follows its parent now, and its hashes stay to recognise it."""
-    await database.unindex(connection, sa.select(entries.c.id).where(entries.c.id == row.id))
+    await fulltext.remove(connection, sa.select(entries.c.id).where(entries.c.id == row.id))
     await connection.execute(sa.update(entries).where(entries.c.parent == row.id).values(parent=row.parent))
     became = (events.c.user_id == row.user_id) & (events.c.entry_id == row.id)
     await connection.execute(sa.update(events).where(became).values(entry_id=None))

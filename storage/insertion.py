@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from persona.domain import UserId
-from storage import database
+from storage import fulltext
 from storage.database import Transaction
 from storage.tables import entries
 
@@ -27,5 +27,5 @@ async def insert(connection: Transaction, rows: Sequence[dict[str, Any]]) -> lis
     for entry_id, row in zip(ids, rows, strict=True):
         by_user.setdefault(row["user_id"], []).append((entry_id, row["text"]))
     for user_id, texts in by_user.items():
-        await database.index(connection, user_id, texts)
+        await fulltext.add(connection, user_id, texts)
     return ids

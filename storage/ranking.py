@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 import sqlalchemy as sa
 
 from persona.domain import EntryId, UserId
-from storage import database
+from storage import fulltext
 from storage.database import Transaction
 from storage.tables import entries
 
@@ -38,7 +38,7 @@ async def best(
     columns = sa.func.count().label("entries"), sa.func.avg(entries.c.tokens).label("tokens")
     everything = (await connection.execute(sa.select(*columns).where(entries.c.user_id == user_id))).one()
     below = _LAST if before is None else before
-    found = await connection.execute(database.hits(user_id, phrases, below, _MOST))
+    found = await connection.execute(fulltext.hits(user_id, phrases, below, _MOST))
     weights: dict[int, float] = {}  # by tokens
     scores: defaultdict[int, float] = defaultdict(float)
     for row in found:

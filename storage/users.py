@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from persona.domain import Caller, User, UserId
 from persona.errors import Busy, NotFound, RequestError, StorageFull
-from storage import database, events, files
+from storage import database, events, files, fulltext
 from storage.database import Database, Transaction, reading
 from storage.failpoints import reach
 from storage.tables import (
@@ -226,7 +226,7 @@ async def _erase(connection: Transaction, user: User) -> dict[str, Any]:
     """Delete the user's rows, children before parents; counts by table."""
     user_id = user.id
     mine = sa.select(entries.c.id).where(entries.c.user_id == user_id)
-    await database.unindex(connection, mine)
+    await fulltext.remove(connection, mine)
     await connection.execute(sa.update(entries).where(entries.c.user_id == user_id).values(parent=None))
     of_runs = run_examples.c.run_id.in_(sa.select(runs.c.id).where(runs.c.user_id == user_id))
     counts = {"run_examples": (await connection.execute(sa.delete(run_examples).where(of_runs))).rowcount}

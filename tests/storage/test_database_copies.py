@@ -5,7 +5,7 @@ import stat
 import sqlalchemy as sa
 from alembic import command
 
-from storage import database, database_file, tables
+from storage import database, database_file, fulltext, tables
 from storage.database import Database
 from storage.users import Users
 
@@ -31,7 +31,7 @@ async def test_threat_34_before_an_upgrade_the_file_is_copied_and_the_copy_goes_
 async def test_threat_32_a_copy_before_an_upgrade_holds_no_word_that_a_kill_left_in_the_index(db, place, monkeypatch):
     entry = (await place("xylophonquartz", "I see", "and more words")).known[0]
     async with db.write() as connection:
-        await database.unindex(connection, sa.select(tables.entries.c.id).where(tables.entries.c.id == entry))
+        await fulltext.remove(connection, sa.select(tables.entries.c.id).where(tables.entries.c.id == entry))
         await connection.execute(sa.update(tables.entries).where(tables.entries.c.id == entry).values(text="gone"))
     await db.close()
     monkeypatch.setattr(database_file, "_head", lambda: "0099")

@@ -25,7 +25,7 @@ from arriving import STORED, store, told
 
 from persona.domain import EntryId, Line, Message, Origin, Role, VersionState
 from persona.errors import Busy, ConfigurationError, SchemaError, StorageFull
-from storage import database, database_file, tables
+from storage import database, database_file, fulltext, tables
 from storage.adapters import Adapters
 from storage.database import Database
 from storage.events import Events
@@ -452,14 +452,14 @@ async def test_check_finds_damage_under_an_open_database(db, place):
 
 async def test_a_crash_in_a_migration_leaves_the_schema_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "persona.db"
-    real = database.create_search
-    monkeypatch.setattr(database, "create_search", lambda connection: 1 / 0)
+    real = fulltext.create
+    monkeypatch.setattr(fulltext, "create", lambda connection: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         await Database.open(path)
     with plain(path) as connection:
         assert connection.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,)
     connection.close()
-    monkeypatch.setattr(database, "create_search", real)
+    monkeypatch.setattr(fulltext, "create", real)
     await (await Database.open(path)).close()
 
 
@@ -564,7 +564,7 @@ async def test_scrub_says_when_another_program_keeps_the_log(db, place):
 async def test_threat_32_words_that_no_scrub_took_out_of_the_index_leave_it_at_the_next_start(db, place):
     entry = (await place("xylophonquartz", "I see", "and more words")).known[0]
     async with db.write() as connection:
-        await database.unindex(connection, sa.select(tables.entries.c.id).where(tables.entries.c.id == entry))
+        await fulltext.remove(connection, sa.select(tables.entries.c.id).where(tables.entries.c.id == entry))
         await connection.execute(sa.update(tables.entries).where(tables.entries.c.id == entry).values(text="gone"))
     await db.close()
     assert b"xylophonquartz" in db.path.read_bytes()

@@ -3,7 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-from storage.database import NEVER_REUSED, create_search
+from storage import fulltext
+from storage.database import NEVER_REUSED
 
 revision = "0001"
 down_revision = None
@@ -16,7 +17,7 @@ def upgrade() -> None:
     _runs()
     _versions()
     _forgotten()
-    create_search(op.get_bind())
+    fulltext.create(op.get_bind())
 
 
 def _users() -> None:
