@@ -2,8 +2,10 @@
 
 It trains on what came before it and was not absorbed yet, from the version of the round before. What the assistant pays
 for that is judged as the gate judges it (evaluate.Cost.objection): where it is too much, half of the way there is
-judged, and where that is too much as well, what was there stays and the next round learns both. The gate's other half,
-whether the person is predicted better, is left out: what it looks at is what the trial measures by.
+judged, and where that is too much as well, what was there stays and the next round learns both. Before the first round
+that is the prior, if the gate lets it serve. The gate's other half, whether the person is predicted better, is left
+out, as it looks at the messages that the trial measures by. By the half that is judged the trial measures, too: behind
+the gate, what an adapter costs the assistant is a bound that is kept, and no finding.
 """
 
 import asyncio
@@ -64,13 +66,18 @@ class Kept(StrEnum):
 class Stage:
     """A person after one round: what serves them, made of how much, and what it is tested by."""
 
-    adapter: AdapterRef | None  # None: the bare base, as nothing was kept so far
+    adapter: AdapterRef | None  # None: the bare base
     own_tokens: int  # absorbed so far
     watermark: EntryId
     held_out: list[HeldOut]
     bytes: int
     seconds: float  # of this round's training
     kept: Kept
+
+    @property
+    def own(self) -> bool:
+        """Whether something of this person serves: else it is the prior or the bare base."""
+        return self.own_tokens > 0
 
 
 class Rounds:
@@ -140,7 +147,8 @@ class Rounds:
 
         gate: judge what the assistant pays; else whatever was trained is kept.
         """
-        stages = [Stage(self._prior, 0, EntryId(0), [], 0, 0.0, Kept.NOTHING)]
+        serves = self._prior if self._prior and not (gate and await self._objection(self._prior)) else None
+        stages = [Stage(serves, 0, EntryId(0), [], 0, 0.0, Kept.NOTHING)]
         for number, planned in enumerate(lessons, 1):
             doing = f"{pupil.name} learns, round {number} of {len(lessons)}"
             self._notify(doing, 0, 1)
@@ -156,10 +164,11 @@ class Rounds:
         for folder in folders:
             folder.mkdir(parents=True)
         own = [sample.example for sample in data.examples]
-        wanted = plan(self._settings.learning, data.passes, last.adapter, own, seed=seed)
+        start = last.adapter or self._prior
+        wanted = plan(self._settings.learning, data.passes, start, own, seed=seed)
         rehearsed = await self._rehearsal.examples(own, data.watermark)
         whole, half = map(str, folders)
-        done = await self._train(TrainRequest([*own, *rehearsed], wanted, whole, last.adapter, half=half), doing)
+        done = await self._train(TrainRequest([*own, *rehearsed], wanted, whole, start, half=half), doing)
         for way, (folder, kept) in enumerate(zip(folders, (Kept.WHOLE, Kept.HALF), strict=True)):
             made = folder / adapter_file.FILE
             digest = hashlib.sha256(made.read_bytes()).hexdigest()

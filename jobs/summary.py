@@ -81,7 +81,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
             found[part] = {
                 name: _mean([getattr(r, part)[name] for r in results if name in getattr(r, part)]) for name in names
             }
-    found["bytes"] = _mean([r.bytes for r in results])
+    found["bytes"] = _mean([r.bytes for r in results if r.bytes] or [0])  # of those who have an adapter
     found["seconds"] = _mean([r.seconds for r in results])
     return found
 

@@ -5,8 +5,8 @@ messages, which no version has seen. All losses are those of the draft frame, pe
 message under what stood before it. The rounds give a curve; the last one is measured under every condition:
 
     base, prior         the bare base; an adapter of other people from which everybody started
-    adapter, stale      the person's own; their own of the round before
-    wrong_user          that of the next person in the list
+    adapter, stale      what serves after the last round, and after the one before: the person's own, if one was kept
+    wrong_user          that of the next person in the list, if they have one
     …_context           the same with quoted history in the prompt: of the kind that helps the bare base most
 """
 
@@ -195,7 +195,7 @@ class Trial:
         sides = {"adapter": own.adapter}
         if self._prior is not None:
             sides["prior"] = self._prior
-        if wrong is not None:
+        if wrong is not None and wrong.own:
             sides["wrong_user"] = wrong.adapter
         return sides
 
@@ -248,10 +248,13 @@ class Trial:
                 for name, adapter in (("base", None), ("adapter", stage.adapter)):
                     hits = [await self._next_among(message, others, adapter) for message in some]
                     result.recognised[f"next_of_{CANDIDATES}_{name}"] = sum(hits) / len(hits)
-            if len(last) > 1:
-                table = np.array([await self._nats(some, other.adapter) for other in last])  # [people, messages]
-                result.recognised["author"] = float((table.argmin(0) == place).mean())
-                result.recognised["author_together"] = float(table.sum(1).argmin() == place)
+            rivals = [other for other in last if other.own and other is not stage]
+            if rivals and stage.own:
+                table = np.array(
+                    [await self._nats(some, one.adapter) for one in (stage, *rivals)]
+                )  # [people, messages]
+                result.recognised["author"] = float((table.argmin(0) == 0).mean())
+                result.recognised["author_together"] = float(table.sum(1).argmin() == 0)
 
     async def _next_among(self, message: HeldOut, others: Sequence[HeldOut], adapter: AdapterRef | None) -> bool:
         """Whether the likeliest per token is the true one, among those of other people with the nearest lengths."""

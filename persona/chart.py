@@ -34,7 +34,7 @@ def _curves(people: Sequence[dict[str, Any]]) -> Iterator[str]:
     xs = [point["tokens"] for point in points]
     shown = {name: colour for name, colour in COLOURS.items() if all(name in point for point in points)}
     ys = [point[name] for point in points for name in shown]
-    x_end, low, high = max(xs) * 1.05, min(ys) - 0.1, max(ys) + 0.1
+    x_end, low, high = max(1.0, *xs) * 1.05, min(ys) - 0.1, max(ys) + 0.1
     yield _text(MARGIN, 24, "Loss per own token, by own tokens learned from", bold=True)
     yield from _axes(MARGIN, [0, x_end / 2, x_end], [low, (low + high) / 2, high], "{:.0f}", "{:.2f}")
     yield _text(MARGIN, HEIGHT - 16, CAPTION)

@@ -146,7 +146,8 @@ def _line(result: Result, number: int, total: int) -> str:
     """What is known of one person, on stderr while others are still to come."""
     losses = {"base": "base", "context": "context", "adapter": "adapter", "adapter_context": "adapter + context"}
     told = ", ".join(f"{words} {result.loss(name):.3f}" for name, words in losses.items())
-    return plain(f"{number}/{total} {result.name}: {told} nats per token, {result.own_tokens} own tokens learned")
+    kept = f"{result.own_tokens} own tokens learned ({', '.join(result.kept)})"
+    return plain(f"{number}/{total} {result.name}: {told} nats per token, {kept}")
 
 
 def _trial(parts: Private, prior: AdapterRef | None, bar: Progress) -> Trial:

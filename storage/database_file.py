@@ -1,7 +1,7 @@
 """The database as a file: checked, migrated and copied before and beside its use, each with a connection of its own.
 
-A file of a newer schema, a foreign or a damaged one is refused and left as it is. With database.py this is the only
-place that names the SQL dialect.
+A file of a newer schema, a foreign or a damaged one is refused and left as it is. With database.py and fulltext.py
+this is the only place that names the SQL dialect.
 """
 
 import contextlib

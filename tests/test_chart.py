@@ -35,6 +35,12 @@ def test_prior_and_another_persons_adapter_have_lines_where_everybody_was_measur
     assert "another's adapter" not in texts(with_both)
 
 
+def test_people_of_whom_nothing_was_kept_are_drawn() -> None:
+    people = said(["ann"], rounds=1)
+    people["users"][0]["curve"][0]["tokens"] = 0  # type: ignore[index]
+    assert "0" in texts(people)
+
+
 def test_it_says_that_points_stand_on_different_messages() -> None:
     assert any("other held-out messages" in str(text) for text in texts(said(["ann"])))
 

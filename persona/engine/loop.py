@@ -131,7 +131,7 @@ class EngineLoop:
             self._stalled = False
 
     def check(self) -> None:
-        """Assert that no page and no lease leaked."""
+        """Assert that no page and no lease leaked, and that every user's requests are counted."""
         self._scheduler.check()
 
     # --- inbox

@@ -23,11 +23,19 @@ Runs = dict[str, dict[int, Result]]  # of each person, by seed
 
 
 def read(names: Sequence[str]) -> Runs:
-    """What the files tell. Raises SystemExit for what would count twice. Files of before there was a seed have 0."""
+    """What the files tell. Raises SystemExit for what would count twice, and for a file with a gate beside one without.
+
+    Files of before there was a seed have 0, and of before there was a gate none.
+    """
     found: Runs = {}
+    gates: dict[bool, str] = {}
     for name in names:
         file = json.loads(Path(name).read_text(encoding="utf-8"))
-        seed = file.get("options", {}).get("seed", 0)
+        options = file.get("options", {})
+        seed = options.get("seed", 0)
+        gates.setdefault(options.get("gate", False), name)
+        if len(gates) > 1:
+            sys.exit(f"{gates[True]} was measured with the gate, {gates[False]} without: join like with like.")
         for told in file["users"]:
             runs = found.setdefault(told["user"], {})
             if seed in runs:
@@ -48,9 +56,9 @@ def result(told: dict[str, Any]) -> Result:
 def averaged(runs: Sequence[Result]) -> Result:
     """One person under several seeds: the mean of what all of them tell. Raises SystemExit for different messages."""
     first = runs[0]
-    if any((run.lengths, run.own_tokens) != (first.lengths, first.own_tokens) for run in runs):
-        sys.exit(f"{first.name} learned or was tested on other messages in another file: join like with like.")
-    made = Result(first.name, first.own_tokens, first.lengths)
+    if any(run.lengths != first.lengths or not np.allclose(run.nats["base"], first.nats["base"]) for run in runs):
+        sys.exit(f"{first.name} was tested on other messages in another file: join like with like.")
+    made = Result(first.name, round(np.mean([run.own_tokens for run in runs])), first.lengths)
     for condition in first.nats:
         if all(condition in run.nats for run in runs):
             made.nats[condition] = np.mean([run.nats[condition] for run in runs], axis=0).tolist()

@@ -67,5 +67,21 @@ def test_what_would_count_twice_or_cannot_be_averaged_is_refused(joined: ModuleT
     first, again = file(tmp_path, None, person("ann", [10.0])), file(tmp_path, 0, person("ann", [10.0]))
     with pytest.raises(SystemExit, match="has ann with seed 0, as a file before it"):
         joined.read([first, again])
-    with pytest.raises(SystemExit, match="ann learned or was tested on other messages"):
+    with pytest.raises(SystemExit, match="ann was tested on other messages"):
         joined.averaged([person("ann", [10.0], [5]), person("ann", [10.0], [6])])
+    others = person("ann", [10.0])
+    others.nats["base"] = [41.0]
+    with pytest.raises(SystemExit, match="ann was tested on other messages"):
+        joined.averaged([person("ann", [10.0]), others])
+    gated = tmp_path / "gated.json"
+    gated.write_text(json.dumps({"users": [], "options": {"seed": 1, "gate": True}}), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"gated.json was measured with the gate, .*ann.json without"):
+        joined.read([first, str(gated)])
+
+
+def test_seeds_of_which_not_every_round_was_kept_are_averaged_too(joined: ModuleType) -> None:
+    whole, part = person("ann", [10.0]), person("ann", [14.0])
+    whole.kept, part.kept, part.own_tokens = ["whole", "half"], ["whole", "nothing"], 500
+    ann = joined.averaged([whole, part])
+    assert (ann.own_tokens, ann.nats["adapter"]) == (750, [12.0])
+    assert summary.summary([ann])["kept"] == {"whole": 2, "half": 1, "nothing": 1}

@@ -56,7 +56,7 @@ async def test_everybody_is_better_served_by_their_own_adapter(parts: Private, t
     some = people.read(files.write(tmp_path / "all.jsonl", count=80))
     told: list[str] = []
     made = trial(parts, notify=lambda what, done, total: told.append(what))
-    results = await made.run(some, Options(rounds=2, contexts=CONTEXTS, probes=4))
+    results = await made.run(some, Options(rounds=2, contexts=CONTEXTS, probes=4, gate=False))
     assert [result.name for result in results] == ["ann", "bob", "eve"]
     for result in results:
         assert result.loss("adapter") < result.loss("base") - 0.2
@@ -140,7 +140,7 @@ async def test_a_prior_is_where_everybody_starts_and_what_they_are_compared_with
     steps = [step async for step in prior.train(parts.engine, parts.rehearsal, examples, parts.settings, folder)]
     assert steps[-1].done
     results = await trial(parts, prior=plans.folder(folder)).run(
-        people.read(file, without=["eve"]), Options(rounds=1, contexts=CONTEXTS, probes=0)
+        people.read(file, without=["eve"]), Options(rounds=1, contexts=CONTEXTS, probes=0, gate=False)
     )
     for result in results:
         assert result.loss("adapter") < result.loss("prior")
@@ -149,11 +149,11 @@ async def test_a_prior_is_where_everybody_starts_and_what_they_are_compared_with
 
 async def test_only_the_newest_tokens_are_used_when_told(parts: Private, tmp_path: Path) -> None:
     some = people.read(files.write(tmp_path / "all.jsonl", count=80, people=("ann",)))
-    (whole,) = await trial(parts).run(some, Options(None, 1, CONTEXTS, 0))
+    (whole,) = await trial(parts).run(some, Options(None, 1, CONTEXTS, 0, gate=False))
     assert whole.own_tokens > 400
     await Users(parts.database).forget((await Users(parts.database).all())[0].id)
     parts.settings.adapters.rename(tmp_path / "whole")
-    (part,) = await trial(parts).run(some, Options(400, 1, CONTEXTS, 0))
+    (part,) = await trial(parts).run(some, Options(400, 1, CONTEXTS, 0, gate=False))
     assert 200 < part.own_tokens < 400
     assert part.lengths == whole.lengths
 

@@ -108,16 +108,15 @@ async def test_the_seed_is_that_of_every_training(world: World) -> None:
     assert [request.plan.seed for request in world.engine.trained] == [3, 3]
 
 
-async def test_the_curve_has_prior_and_another_persons_adapter_of_the_same_round(world: World, tmp_path: Path) -> None:
-    prior = tmp_path / "prior"
-    prior.mkdir()
-    (prior / "adapter.safetensors").write_bytes(b"what they have in common")
+async def test_the_curve_has_prior_and_another_persons_adapter_of_the_same_round(
+    world: World, prior: AdapterRef
+) -> None:
     world.engine.predicts = lambda request: (
         [-float(request.adapter.number if request.adapter else 9)] * len(request.targets)
     )
     some = [person("ann", said(60)), person("bob", said(80, "dog"))]
     options = Options(rounds=2, contexts=RECENT, probes=0, gate=False)
-    results = await trial(world, prior=plans.folder(prior)).run(some, options)
+    results = await trial(world, prior=prior).run(some, options)
     found = [[(point["adapter"], point["wrong_user"], point["prior"]) for point in one.curve] for one in results]
     numbered = [[(30, 40, 0), (60, 80, 0)], [(40, 30, 0), (80, 60, 0)]]  # by entries, two candidates for each
     assert found == [[(2 * own, 2 * wrong, 0) for own, wrong, _ in one] for one in numbered]
@@ -137,10 +136,24 @@ def costing(world: World, too_much: Callable[[AdapterRef], bool]) -> None:
     world.engine.predicts = predicts
 
 
-async def learned(world: World, *, gate: bool = True) -> tuple[Result, list[TrainRequest]]:
-    options = Options(rounds=2, contexts=RECENT, probes=0, gate=gate)
-    (result,) = await trial(world).run([person("ann", said(80))], options)
+async def learned(
+    world: World, *, rounds: int = 2, gate: bool = True, prior: AdapterRef | None = None
+) -> tuple[Result, list[TrainRequest]]:
+    options = Options(rounds=rounds, contexts=RECENT, probes=0, gate=gate)
+    (result,) = await trial(world, prior=prior).run([person("ann", said(80))], options)
     return result, world.engine.trained
+
+
+def taught(request: TrainRequest) -> str:
+    return "\n".join(TEXT.decode(example.tokens) for example in request.examples)
+
+
+@pytest.fixture
+def prior(tmp_path: Path) -> AdapterRef:
+    folder = tmp_path / "prior"
+    folder.mkdir()
+    (folder / "adapter.safetensors").write_bytes(b"what they have in common")
+    return plans.folder(folder)
 
 
 def half(adapter: AdapterRef | None) -> bool:
@@ -161,9 +174,8 @@ async def test_where_half_costs_too_much_what_was_there_stays_and_the_next_round
     result, (first, second) = await learned(world)
     assert result.kept == ["nothing", "whole"]
     assert second.start is None
-    told = [{TEXT.decode(example.tokens) for example in request.examples} for request in (first, second)]
-    own = [{text for text in texts if "fox is" in text} for texts in told]
-    assert own[0] < own[1]
+    assert all(text in taught(second) for text in said(80)[:40])
+    assert not all(text in taught(first) for text in said(80)[:40])  # the newest of them were held out
     assert result.curve[0]["tokens"] == 0
     assert result.curve[0]["adapter"] == result.loss("base") == result.loss("stale")
     assert result.own_tokens > sum(len(text) for text in said(40))
@@ -184,3 +196,54 @@ async def test_without_a_gate_whatever_was_trained_is_measured(world: World) -> 
     assert second.start is not None
     assert not half(second.start)
     assert result.reference["adapter"] > result.reference["base"]
+
+
+async def test_a_round_that_is_not_kept_takes_nothing_of_the_ones_before(world: World) -> None:
+    lost = 80 * 2 // 3
+    costing(world, lambda adapter: adapter.number // 2 == lost)
+    result, (first, second, third) = await learned(world, rounds=3)
+    assert result.kept == ["whole", "nothing", "whole"]
+    assert first.start is None
+    assert second.start is not None
+    assert second.start == third.start
+    assert set(taught(second).splitlines()) <= set(taught(third).splitlines())
+    assert said(80)[0] in taught(first)
+    assert said(80)[0] not in taught(third)  # it is absorbed
+    tokens = [point["tokens"] for point in result.curve]
+    assert 0 < tokens[0] == tokens[1] < tokens[2] == result.own_tokens
+    assert result.curve[1]["adapter"] < result.loss("base")
+    assert result.bytes > 0
+    tested = said(80)[-len(result.lengths) :]
+    assert tested
+    assert not any(text in taught(request) for request in (first, second, third) for text in tested)
+
+
+async def test_where_nothing_is_kept_a_prior_serves_if_the_gate_lets_it(world: World, prior: AdapterRef) -> None:
+    costing(world, lambda adapter: adapter != prior)
+    result, (first, second) = await learned(world, prior=prior)
+    assert result.kept == ["nothing", "nothing"]
+    assert first.start == second.start == prior
+    assert result.nats["adapter"] == result.nats["prior"] != result.nats["base"]
+    assert (result.own_tokens, result.bytes) == (0, 0)
+    await begin_anew(world, 4096)
+    costing(world, lambda adapter: True)
+    result, trained = await learned(world, prior=prior)
+    assert {request.start for request in trained} == {prior}
+    assert result.nats["adapter"] == result.nats["base"] != result.nats["prior"]
+
+
+async def test_who_has_no_adapter_of_their_own_is_nobodys_other(world: World) -> None:
+    seen: list[int] = []  # in the order in which they learn
+
+    def bobs(adapter: AdapterRef) -> bool:
+        if adapter.user_id not in seen:
+            seen.append(adapter.user_id)
+        return seen.index(adapter.user_id) == 1
+
+    costing(world, bobs)
+    some = [person(name, said(60)) for name in ("ann", "bob", "eve")]
+    ann, bob, eve = await trial(world).run(some, Options(rounds=1, contexts=RECENT, probes=2))
+    assert [one.kept for one in (ann, bob, eve)] == [["whole"], ["nothing"], ["whole"]]
+    assert "wrong_user" not in ann.nats
+    assert {"wrong_user", "wrong_user_context"} <= bob.nats.keys() & eve.nats.keys()
+    assert ["author" in one.recognised for one in (ann, bob, eve)] == [True, False, True]
