@@ -218,9 +218,9 @@ async def test_numbers_of_a_lost_session_make_no_event_of_the_next_one_a_repetit
     mqtt = live.house.mqtt
     assert mqtt is not None
     async with asyncio.timeout(20):
-        while not mqtt.counts["sessions_lost"]:  # noqa: ASYNC110
+        while (after := live.services.settings.mqtt_client.read_text()) == before:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-    after = live.services.settings.mqtt_client.read_text()
+    assert mqtt.counts["sessions_lost"] == 1
     assert after.split()[0] == before.split()[0]
     assert after.split()[1] != before.split()[1]
 

@@ -134,7 +134,8 @@ async def test_what_is_done_at_once_is_one_transaction_of_what_is_read_in_it(db,
 
     async def look() -> list[int]:
         before = len(await users.all())
-        plain(db.path).execute("DELETE FROM users")
+        with contextlib.closing(plain(db.path)) as other:
+            other.execute("DELETE FROM users")
         assert db._reading == 1
         return [before, len(await users.all())]
 
@@ -384,6 +385,16 @@ def test_the_migrations_are_found_from_any_folder_without_an_ini_file(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "here.db").stat().st_size > 0
+
+
+def test_a_file_that_cannot_be_read_is_let_go(tmp_path, monkeypatch):
+    path, opened, connect = tmp_path / "persona.db", [], sqlite3.connect
+    path.write_bytes(b"no database" * 1000)
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **more: opened.append(connect(*args, **more)) or opened[-1])
+    with pytest.raises(sqlite3.DatabaseError):
+        database_file.connect(path)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        opened[0].execute("SELECT 1")
 
 
 async def test_threat_24_a_newer_schema_is_refused_in_clear_words_and_left_alone(db, ann):
