@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from persona.app_home import alone
-from persona.cli_link import Link
+from persona.cli_link import Link, seen
 from persona.cli_screen import Json, emit, say, settings
 from persona.errors import ConfigurationError
 from persona.settings import Settings
@@ -21,7 +21,7 @@ def backup(
     json: Json = False,
 ) -> None:
     """Copy database and adapters while the service runs."""
-    body = {"folder": str(folder.absolute()), "seen": _seen(folder.absolute().parent)}
+    body = {"folder": str(folder.absolute()), "seen": seen(folder.absolute().parent)}
     done = Link(settings(context)).ask("POST", "/admin/backup", json=body)
     if json:
         emit(done)
@@ -48,15 +48,6 @@ def restore(
     say(f"{backup} is restored into {configuration.home}; start persona.")
     if aside:
         say(f"What was there lies in {aside}: delete it when you no longer need it.")
-
-
-def _seen(folder: Path) -> list[int] | None:
-    """Which folder this is, on whatever path the service may have it."""
-    try:
-        about = folder.stat()
-    except OSError:
-        return None  # the service says what is wrong with it
-    return [about.st_dev, about.st_ino]
 
 
 def _own(configuration: Settings) -> None:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import typer
 from rich.progress import Progress
 
-from persona.cli_link import Link
+from persona.cli_link import Link, seen
 from persona.cli_screen import ForUser, Json, emit, plain, progress, say, settings, table
 from persona.errors import PersonaError, RequestError, Unprocessable
 from persona.settings import Settings
@@ -179,7 +179,8 @@ def import_adapter(context: typer.Context, folder: Folder, user: ForUser, json: 
 
 def _folder(configuration: Settings, user: str, verb: str, folder: Path, json: bool) -> None:
     path = f"/admin/users/{quote(user, safe='')}/adapters/{verb}"
-    done: dict[str, Any] = Link(configuration).ask("POST", path, json={"directory": str(folder.absolute())})
+    body = {"directory": str(folder.absolute()), "seen": seen(folder.absolute().parent)}
+    done: dict[str, Any] = Link(configuration).ask("POST", path, json=body)
     if json:
         emit(done)
     elif verb == "export":

@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -73,6 +74,15 @@ class Link:
             f"persona is not running in {self.settings.home}: start it with `persona serve`, "
             "or name its folder with PERSONA_HOME."
         )
+
+
+def seen(folder: Path) -> list[int] | None:
+    """Which folder this is, on whatever path the service may have it."""
+    try:
+        about = folder.stat()
+    except OSError:
+        return None  # the service says what is wrong with it
+    return [about.st_dev, about.st_ino]
 
 
 async def refuse(answer: aiohttp.ClientResponse) -> None:

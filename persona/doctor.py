@@ -227,4 +227,5 @@ def _port(settings: Settings) -> Iterator[Finding]:
         with socket.create_server((settings.http.host, settings.http.port)):
             yield Finding("service", State.OK, f"not running; {place} is free for it")
     except OSError:
-        yield Finding("service", State.FAIL, f"not running, and {place} is taken", "Set PERSONA_HTTP__PORT.")
+        advice = "If persona.socket holds it, start persona.service; else set PERSONA_HTTP__PORT."
+        yield Finding("service", State.FAIL, f"not running, and {place} is taken", advice)

@@ -29,7 +29,11 @@ class Http(Section):
     keepalive_seconds: float = Field(75.0, gt=0, description="idle time after which a connection is closed")
     ping_seconds: float = Field(15.0, gt=0, description="silence after which a stream sends a comment")
     write_seconds: float = Field(30.0, gt=0, description="time a client may take to read what was written to it")
-    connections: int = Field(512, ge=1, description="open connections; one more is answered 503")
+    connections: int = Field(
+        512,
+        ge=1,
+        description="open connections; one more is answered 503, and so is an address elsewhere with a quarter of them",
+    )
     shutdown_seconds: float = Field(5.0, ge=0, description="time running replies get to end when the service stops")
     failures_per_minute: int = Field(20, ge=1, description="401 answers an address may cause a minute before 429")
 

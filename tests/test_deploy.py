@@ -217,6 +217,7 @@ class Systemd:
 
     def _start(self, unit: str) -> None:
         if unit == "persona.socket" and self._listening is None:
+            assert not self._running, "systemd refuses: Socket service persona.service already active"
             host, port = self._units[unit]["ListenStream"][-1].rsplit(":", 1)
             self._listening = socket.create_server((host, int(port)), backlog=128)
         elif unit == "persona.service" and not self._running:

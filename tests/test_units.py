@@ -90,3 +90,10 @@ def test_settings_that_a_unit_sets_are_named_as_the_service_reads_them() -> None
 
 def test_the_socket_listens_where_the_settings_would() -> None:
     assert options_of("persona.socket")["ListenStream"] == [f"{Http().host}:{Http().port}"]
+
+
+def test_nobody_elsewhere_reaches_the_port_that_systemd_holds() -> None:
+    """The filter of a service does not reach a socket that it was handed."""
+    for name in ("persona.socket", "persona.service"):
+        found = options_of(name)
+        assert (found["IPAddressDeny"], found["IPAddressAllow"]) == (["any"], ["localhost"]), name

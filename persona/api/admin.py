@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from persona.api import bodies, versions, views
+from persona.api.places import Seen, demand_shared
 from persona.api.services import services
 from persona.domain import User
 from persona.errors import NotFound, PersonaError, RequestError
@@ -38,7 +39,7 @@ class NewKey(Learning):
 
 class Backup(msgspec.Struct):
     folder: str
-    seen: tuple[int, int] | None = None  # device and inode of the parent folder, as who asks sees it
+    seen: Seen = None  # of the parent folder
 
 
 async def add_user(request: web.Request) -> web.Response:
@@ -115,16 +116,13 @@ async def backup(request: web.Request) -> web.Response:
 
 
 def _place(wire: Backup, home: Path) -> Path:
-    """Where the backup goes. A service may have folders of its own where others see the machine's, say /tmp."""
+    """Where the backup goes."""
     target = Path(wire.folder)
     if not target.is_absolute() or "\0" in wire.folder or not target.parent.is_dir():
         raise RequestError("folder is an absolute path in a folder that exists.", param="folder")
     if target.resolve().is_relative_to(home.resolve()):
         raise RequestError("A backup lies outside the state folder; name another place.", param="folder")
-    about = target.parent.stat()
-    if wire.seen is not None and wire.seen != (about.st_dev, about.st_ino):
-        sentence = f"The service has another folder at {target.parent} than you; name a place that it shares with you."
-        raise RequestError(sentence, param="folder")
+    demand_shared(target.parent, wire.seen, "folder")
     return target
 
 

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from jobs import evaluate, rollback
 from persona.api import bodies, views
+from persona.api.places import Seen, demand_shared
 from persona.api.services import Services, caller, services
 from persona.domain import EntryId, User, Version
 from persona.engine import peft_folder
@@ -30,6 +31,7 @@ class Rollback(msgspec.Struct):
 
 class Folder(msgspec.Struct):
     directory: str
+    seen: Seen = None  # of the parent folder
     version: int | None = None
 
 
@@ -57,7 +59,7 @@ async def export_peft(deps: Services, user: User, wire: Folder) -> dict[str, Any
     version = await exportable(deps, user, wire.version)
     if version is None:
         raise NotFound("This user has no version yet.")
-    out = _absolute(wire.directory)
+    out = _place(wire)
     try:
         await write_peft(deps, version, out)
     except OSError as error:
@@ -67,7 +69,7 @@ async def export_peft(deps: Services, user: User, wire: Folder) -> dict[str, Any
 
 async def import_peft(deps: Services, user: User, wire: Folder) -> dict[str, Any]:
     """Take a PEFT folder as the user's next version; checks of shape, size and drift stand in for the gate."""
-    source = _absolute(wire.directory)
+    source = _place(wire)
     version = await _published(deps, user, source)
     try:
         await rollback.stage(deps.engine, deps.adapters, version)
@@ -148,8 +150,9 @@ def _prepared(deps: Services) -> Prepared:
     return deps.prepared
 
 
-def _absolute(directory: str) -> Path:
-    path = Path(directory)
-    if not path.is_absolute() or "\0" in directory:
+def _place(wire: Folder) -> Path:
+    path = Path(wire.directory)
+    if not path.is_absolute() or "\0" in wire.directory:
         raise RequestError("directory is an absolute path.", param="directory")
+    demand_shared(path.parent, wire.seen, "directory")
     return path

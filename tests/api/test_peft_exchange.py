@@ -71,6 +71,26 @@ async def test_an_adapter_goes_out_and_comes_in_for_another_user(
     assert [ref.number for ref in live.engine.flipped] == [1]
 
 
+@pytest.mark.parametrize("verb", ["export", "import"])
+async def test_a_place_that_the_service_sees_differently_is_no_place(
+    start: Start, prepared: Prepared, tmp_path: Path, verb: str
+) -> None:
+    live = await start(prepared=prepared)
+    await live.publish("ann", weights(tmp_path))
+    await admin(live, "export", tmp_path / "peft", 200)
+    path, about = f"/admin/users/ann/adapters/{verb}", tmp_path.stat()
+    asked = {"directory": str(tmp_path / ("again" if verb == "export" else "peft"))}
+    async with live.admin.post(path, json={**asked, "seen": [1, 1]}) as answer:
+        assert answer.status == 400
+        assert "another folder" in (await answer.json())["error"]["message"]
+    assert not (tmp_path / "again").exists()
+    gone = {"directory": str(tmp_path / "missing" / "peft"), "seen": [1, 1]}
+    async with live.admin.post(path, json=gone) as answer:
+        assert (answer.status, (await answer.json())["error"]["param"]) == (400, "directory")
+    async with live.admin.post(path, json={**asked, "seen": [about.st_dev, about.st_ino]}) as answer:
+        assert answer.ok
+
+
 async def test_threat_05_an_adapter_that_unlearns_the_assistant_is_refused(
     start: Start, prepared: Prepared, tmp_path: Path
 ) -> None:
