@@ -6,14 +6,16 @@ A simulation: waiting room, scheduler and pace are the engine's, a step takes wh
 to cost (as on machine C of docs/BENCHMARKS.md), and nobody has an adapter. The workload is that of `persona bench`:
 32 users at 1.5 times what 64 clients in a closed loop get, for 120 s, once with its own lengths and once with those
 of S-LoRA's synthetic traces (Sheng et al. 2024: 8 to 512 tokens). One line for each weight of a request's own cost
-(waiting.OWN): shares of the requests by seed, and the worst user of all. Then about what nobody can exceed: who knew
-all requests beforehand would answer the cheapest ones, as many as there is time for until the last may begin.
+(waiting.OWN): shares of the requests by seed, and the worst user of all; then the share of three users who always ask
+for the longest, in a run of their own. Then about what nobody can exceed: who knew all requests beforehand would answer
+the cheapest ones, as many as there is time for until the last may begin.
 """
 
 import math
 import statistics
 import sys
-from itertools import accumulate, takewhile
+from dataclasses import replace
+from itertools import accumulate, chain, takewhile
 from typing import Any
 
 from persona.engine import waiting
@@ -27,6 +29,7 @@ SECONDS, SLO, PATIENCE = 120.0, 6.0, 5.0
 ROWS = 32  # places of the running set
 LOOK = 0.25  # seconds between two looks for those who have waited too long
 USERS, CLIENTS, SEEDS = 32, 64, (42, 1, 2, 3)
+LONGEST = 3  # users who may always ask for the longest
 LENGTHS = ((Range(64, 256), Range(16, 64)), (Range(8, 512), Range(8, 512)))  # of prompts and replies
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, math.inf)
 
@@ -114,10 +117,12 @@ def capacity(lengths: Lengths) -> float:
     return made.done / made.now
 
 
-def overload(lengths: Lengths, rate: float, seed: int) -> tuple[float, float]:
-    """The share of requests in time, and that of the worst user."""
+def overload(lengths: Lengths, rate: float, seed: int, *, longest: int = 0) -> dict[int, list[bool]]:
+    """Of each user's requests, which were in time. longest: so many users always ask for the longest."""
     made, looked = Simulation(), 0.0
     due = list(takewhile(lambda request: request.at < SECONDS, requests(workload(lengths, rate, seed))))
+    most = [length.high for length in lengths]
+    due = [replace(one, prompt=most[0], reply=most[1]) if one.user < longest else one for one in due]
     while due or made.here:
         while due and due[0].at <= made.now:
             request = due.pop(0)
@@ -132,8 +137,7 @@ def overload(lengths: Lengths, rate: float, seed: int) -> tuple[float, float]:
     users: dict[int, list[bool]] = {}
     for user, seconds in made.told.values():
         users.setdefault(user, []).append(seconds is not None and seconds <= SLO)
-    shares = [statistics.mean(found) for found in users.values()]
-    return statistics.mean(one for found in users.values() for one in found), min(shares)
+    return users
 
 
 def oracle(lengths: Lengths, rate: float, seed: int, seconds_of_work: float) -> float:
@@ -151,9 +155,13 @@ def compare(lengths: Lengths) -> None:
     for weight in WEIGHTS:
         waiting.OWN = weight if math.isfinite(weight) else 1e9
         found = [overload(lengths, 1.5 * most, seed) for seed in SEEDS]
-        shares = ", ".join(f"{share:.2f}" for share, _ in found)
-        mean, worst = statistics.mean(share for share, _ in found), min(worst for _, worst in found)
-        sys.stdout.write(f"own cost {weight:g} times: {shares}; mean {mean:.3f}, worst user {worst:.2f}\n")
+        means = [statistics.mean(chain.from_iterable(users.values())) for users in found]
+        shares = ", ".join(f"{mean:.2f}" for mean in means)
+        worst = min(statistics.mean(theirs) for users in found for theirs in users.values())
+        beside = [overload(lengths, 1.5 * most, seed, longest=LONGEST) for seed in SEEDS]
+        long = statistics.mean(statistics.mean(users[user]) for users in beside for user in range(LONGEST))
+        sys.stdout.write(f"own cost {weight:g} times: {shares}; mean {statistics.mean(means):.3f}, ")
+        sys.stdout.write(f"worst user {worst:.2f}; who always asks for the longest {long:.2f}\n")
         sys.stdout.flush()
     bounds = [oracle(lengths, 1.5 * most, seed, SECONDS + SLO) for seed in SEEDS]
     shares = ", ".join(f"{share:.2f}" for share in bounds)
