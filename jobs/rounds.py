@@ -166,7 +166,8 @@ class Rounds:
         own = [sample.example for sample in data.examples]
         start = last.adapter or self._prior
         wanted = plan(self._settings.learning, data.passes, start, own, seed=seed)
-        rehearsed = await self._rehearsal.examples(own, data.watermark)
+        # Drawn by what stays the same whoever else is in the trial.
+        rehearsed = await self._rehearsal.examples(own, lesson.entries + seed)
         whole, half = map(str, folders)
         done = await self._train(TrainRequest([*own, *rehearsed], wanted, whole, start, half=half), doing)
         for way, (folder, kept) in enumerate(zip(folders, (Kept.WHOLE, Kept.HALF), strict=True)):
