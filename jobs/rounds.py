@@ -197,6 +197,7 @@ class Rounds:
         return self._known[adapter]
 
     async def _objection(self, adapter: AdapterRef) -> str | None:
+        """Why the gate would not let it serve, whomever it predicts."""
         bare = await self.assistant(None)
         return bare.cost(await self.assistant(adapter)).objection(self._settings)
 
