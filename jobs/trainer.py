@@ -29,12 +29,11 @@ from persona.engine.checkpoint_file import Header, State
 from persona.engine.decoder import Decoder
 from persona.engine.forest import Forest, packed
 from persona.engine.protocol import Example, Plan, Progress, TrainRequest
-from persona.engine.weights import Projection
+from persona.engine.weights import ROUND, Projection
 from persona.errors import TrainingFailed
 
 MAX_SKIPPED = 3  # optimizer steps with a non-finite gradient before the run is given up
 SMALLEST = 40  # targets of an optimizer step, however few a run has
-ROUND = 32  # rows to which the rows that learn are filled up: oneDNN compiles a kernel for every number of rows
 
 
 @dataclass(frozen=True, slots=True)

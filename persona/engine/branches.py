@@ -19,10 +19,9 @@ from persona.engine import head
 from persona.engine.decoder import Decoder
 from persona.engine.forest import Chunk, Forest
 from persona.engine.lora import Resident
-from persona.engine.weights import Projection
+from persona.engine.weights import ROUND, Projection
 
 Factors = Callable[[int, str], tuple[torch.Tensor, torch.Tensor] | None]  # a [in, rank], b [rank, out], scaled
-ROUND = 64  # rows to which a forward is filled up: oneDNN compiles a kernel for every number of rows
 
 
 class Kept:

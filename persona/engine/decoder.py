@@ -124,13 +124,13 @@ class Decoder:
 
     def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """The head, some words at a time: [words, hidden] each. On the CPU in fp32: what is held otherwise is written
-        out piece by piece, never whole."""
+        out piece by piece, never whole, and each over the one before."""
         if self.device.type != "cpu":
             yield slice(len(self.head)), self.head[:]
             return
         for start in range(0, len(self.head), WORDS):
             words = slice(start, min(start + WORDS, len(self.head)))
-            yield words, self.head[words].float()
+            yield words, self.head.floats(words)
 
     def widen(self) -> None:
         """Hold embedding and head in fp32, as plain torch multiplies them on a CPU: quicker, and two to four times the

@@ -28,7 +28,7 @@ from persona.engine.kernels.reference import FEW
 from persona.errors import ModelError
 
 Tensors = Mapping[str, torch.Tensor]
-ROUND = 32  # rows
+ROUND = 32  # rows to which wide products are filled up: oneDNN compiles a kernel for every number of rows
 
 
 def compute_dtype(device: str) -> torch.dtype:

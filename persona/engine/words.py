@@ -6,7 +6,7 @@ used. On a CPU without compiled steps they are written out once, in fp32.
     codes int8 [vocab, hidden] · scales fp32 [vocab, hidden / 32], exact in fp16
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ class Words:
     def __init__(self, values: torch.Tensor, scales: torch.Tensor | None = None) -> None:
         """values: numbers, or codes if there are scales."""
         self.values, self.scales = values, scales
+        self.writer: Callable[[slice], torch.Tensor] | None = None  # compiled code that makes `floats`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -36,6 +37,10 @@ class Words:
             return found
         scales = self.scales[which].unsqueeze(-1)
         return (found.view(*scales.shape[:-1], GROUP) * scales).view(found.shape).bfloat16()
+
+    def floats(self, which: slice) -> torch.Tensor:
+        """The vectors from `which.start` to `which.stop` in fp32, until the next call."""
+        return self[which].float() if self.writer is None else self.writer(which)
 
     def nbytes(self) -> int:
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)

@@ -6,8 +6,8 @@ Each arm trains through the product's trainer, in the draft frame, on each perso
 is scored on those: nats per own token. One JSON line for each person and arm, with the loss under the next person's
 adapter of the same arm, drift on the reference set, how much less likely the base's own replies became (forgetting),
 bytes, optimizer steps and seconds. Arms are written as name:option=value:…, say
-`frozen:layers=0.5:density=0.2:rate=0.015`. Takes minutes for each line. The base's matrices are written out once and
-kept, which saves time and changes no result.
+`frozen:layers=0.5:density=0.2:rate=0.015`. Takes minutes for each line. The base's matrices and words are written out
+once and kept, which saves time and changes no result.
 """
 
 import argparse
@@ -260,6 +260,7 @@ class Ground:
         assert prepared is not None, "run `persona model fetch` first"
         self.settings, self.prepared, self.hash = settings, prepared, prepared.base
         self.decoder = decoder.load(prepared.folder, form, "cpu")
+        self.decoder.widen()
         self.text = Text.load(prepared.folder)
 
     def drafts(self, person: people.Person, context: int, longest: int) -> list[frames.Framed]:

@@ -12,19 +12,21 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from jobs.trainer import Trainer
 from persona.engine import decoder, prepare, quantize, sampler
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
 from persona.engine.kernels import native, reference
 from persona.engine.kernels.native import Part
 from persona.engine.memory import Memory
-from persona.engine.protocol import Sampling
+from persona.engine.protocol import Example, Plan, Sampling, TrainRequest
 from persona.engine.sampler import Sampler
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import Int4, Projection, compute_dtype
@@ -207,6 +209,44 @@ def floor() -> None:
     report("floor of a step", **found)
 
 
+def training(rounds: int = 5) -> None:
+    """What a training's optimizer step costs the processor where the vocabulary is written out by compiled code, and by
+    torch, one after the other."""
+    prepared = prepare.fetch(prepare.EMBEDDED, Settings().cache, "int4", lambda _, __: None)
+    base = decoder.load(prepared.folder, "int4", "cpu")
+    cache = KvCache(
+        Memory(2, KvCache.page_bytes(base.shape, 32, base.dtype), torch.device("cpu")), base.shape, 32, base.dtype
+    )
+    if native.steps(Settings().cache / "native", base, cache, 4096) is None:
+        report("training", missing="a C compiler")
+        return
+    writers = {"compiled": base.head.writer, "torch": None}
+    found: dict[str, list[float]] = {name: [] for name in writers}
+    for name in [*writers, *list(writers) * rounds]:
+        base.head.writer = writers[name]
+        found[name].append(seconds_a_step(base, prepared.base))
+    warm = {name: times[1:] for name, times in found.items()}
+    medians = {name: round(1000 * statistics.median(times)) for name, times in warm.items()}
+    ratio = statistics.median(a / b for a, b in zip(*warm.values(), strict=True))
+    report("training", processor_ms_a_step=medians, ratio=round(ratio, 3))
+
+
+def seconds_a_step(base: Decoder, name: str, steps: int = 8) -> float:
+    """Of the processor. A step has two of the user's messages and a reply of the base's that is rehearsed."""
+    random = torch.Generator().manual_seed(1)
+
+    def example(length: int, targets: int, distil: bool) -> Example:
+        tokens = torch.randint(3, base.shape.vocab, (length,), generator=random).tolist()
+        return Example(tokens, list(range(length - targets, length)), distil=distil)
+
+    examples = [one for _ in range(steps) for one in (example(150, 10, False), example(60, 20, True))]
+    with tempfile.TemporaryDirectory() as out:
+        run = Trainer(base, name, TrainRequest(examples, Plan(passes=1, batch_tokens=30), out), None)
+        started = time.process_time()
+        last = [at for at in run.slices() if at][-1]
+        return (time.process_time() - started) / last.steps
+
+
 @torch.no_grad()
 def step() -> None:
     prepared = prepare.fetch(prepare.EMBEDDED, Settings().cache, "int4", lambda _, __: None)
@@ -243,6 +283,7 @@ def main() -> None:
         "draw": draw,
         "few rows": few_rows,
         "floor": floor,
+        "training": training,
         "step": step,
     }.items():
         if options.only in name:

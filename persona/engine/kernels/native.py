@@ -144,8 +144,11 @@ class NativeSteps:
             for target, projection in layer.projections.items():
                 assert isinstance(projection, Int4)
                 projection.writer = partial(self._written_out, getattr(known, target))
+        for words in (decoder.embed, decoder.head):
+            words.writer = partial(self._written_words, _words(words))
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, shape.vocab)
+        self._room = torch.empty(0, shape.hidden)
 
     def logits(self, parts: Sequence[Part]) -> torch.Tensor | None:
         """Those of the parts that speak: [parts, vocab] fp32, which the next step overwrites. None: an adapter is too
@@ -180,6 +183,16 @@ class NativeSteps:
             return None
         made = torch.empty(matrix.inputs, matrix.out, dtype=dtype)
         self._code.write_out(ctypes.byref(matrix), _Pointer(made.data_ptr()), _Int(torch.get_num_threads()))
+        return made
+
+    def _written_words(self, words: _Words, which: slice) -> torch.Tensor:
+        """What `Words.floats` gives: in memory that is used again and again, as new pages cost more than the work."""
+        if which.stop - which.start > len(self._room):
+            self._room = torch.empty(which.stop - which.start, self._decoder.shape.hidden)
+        made = self._room[: which.stop - which.start]
+        numbers = (_Int(made.shape[1]), _Int(which.start), _Int(len(made)))
+        threads = _Int(torch.get_num_threads())
+        self._code.write_words(ctypes.byref(words), *numbers, _Pointer(made.data_ptr()), threads)
         return made
 
     def _layer(self, decoder: Decoder, index: int) -> _Layer:

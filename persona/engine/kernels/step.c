@@ -705,6 +705,17 @@ void write_out(const matrix *w, cell *to, int64_t threads) {
     }
 }
 
+/* Words as numbers, for wide products: to [count, hidden]. */
+void write_words(const words *w, int64_t hidden, int64_t first, int64_t count, float *to, int64_t threads) {
+    int64_t begin = first * hidden / GROUP, end = (first + count) * hidden / GROUP;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t g = begin; g < end; g++) {
+        uint16_t room[GROUP];
+        const uint16_t *numbers = vectors(w, GROUP, g, 1, room);
+        for (int i = 0; i < GROUP; i += 16) put(to + (g - begin) * GROUP + i, half(numbers + i));
+    }
+}
+
 /* Returns 0, or 1 without having done anything if an adapter's rank is too large. */
 int run(const model *m, const step *s) {
     for (int64_t n = 0; n < s->sequences; n++)

@@ -149,6 +149,22 @@ def test_a_matrix_is_written_out_as_torch_writes_it(models: Models, dtype: torch
     assert steps is not None
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("eight", [False, True])
+def test_words_are_written_out_as_torch_writes_them(models: Models, eight: bool, way: str) -> None:
+    world = World(models, "llama-untied")
+    shape = world.decoder.shape
+    if eight:
+        world.decoder.head = eight_bits(shape.vocab, shape.hidden, 3)
+    head = world.decoder.head
+    pieces = [slice(0, shape.vocab), slice(5, 6), slice(shape.vocab - 7, shape.vocab)]
+    plain = [head.floats(piece) for piece in pieces]
+    steps = world.steps(*WAYS[way])
+    assert head.writer is not None
+    assert all(torch.equal(head.floats(piece), wanted) for piece, wanted in zip(pieces, plain, strict=True))
+    assert steps is not None
+
+
 def test_a_step_with_a_cache_in_bf16(models: Models) -> None:
     world = World(models, "llama", torch.bfloat16)
     wanted, found = world.logits(None, ALL), world.logits(world.steps(), ALL)
