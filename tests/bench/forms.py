@@ -378,7 +378,7 @@ def main() -> None:
             adapter = resident(mine.form)
             own = ground.loss(tested, adapter)
             wrong = resident(made[some[(place + 1) % len(some)].name].form) if len(some) > 1 else None
-            told = {"person": person.name, "arm": text, "base": bare[person.name], "own": own}
+            told = {"person": person.name, "seed": asked.seed, "arm": text, "base": bare[person.name], "own": own}
             told |= {"gain": bare[person.name] - own, "wrong": ground.loss(tested, wrong) if wrong else None}
             told |= {"drift": ground.loss(ground.reference(), adapter) / neutral - 1}
             told |= {"forgetting": ground.loss(given.replies, adapter) - said}
