@@ -24,6 +24,8 @@ __all__ = ["History", "ImportItem", "Placement"]
 
 T = TypeVar("T")
 
+PAGE_BYTES = 4 << 20
+
 _OWN = (Origin.CHAT, Origin.IMPORT, Origin.EVENT)
 _START = EntryId(0)
 _MOST_FOUND = 1000
@@ -182,8 +184,14 @@ class History:
         return found[0] if found else None
 
     async def page(self, user_id: UserId, *, after: EntryId = _START, limit: int = 100) -> list[Entry]:
-        """Up to `limit` entries after `after`, oldest first."""
-        return await self.since(user_id, after, limit=limit)
+        """Entries after `after`, oldest first: up to `limit` of them with PAGE_BYTES of text, but one at least."""
+        size = _bytes(entries.c.text) + _bytes(entries.c.context) + _bytes(entries.c.correction)
+        some = _mine(user_id).with_only_columns(entries.c.id, size.label("size")).where(entries.c.id > after)
+        few = some.order_by(entries.c.id).limit(limit).subquery()
+        behind = (sa.func.sum(few.c.size).over(order_by=few.c.id) - few.c.size).label("behind")
+        sized = sa.select(few.c.id, behind).subquery()
+        fitting = sa.select(sized.c.id).where(sized.c.behind < PAGE_BYTES)
+        return await self._all(_mine(user_id).where(entries.c.id.in_(fitting)).order_by(entries.c.id))
 
     @reading
     async def search(
@@ -277,6 +285,10 @@ class History:
 
 def _mine(user_id: UserId) -> sa.Select[Any]:
     return sa.select(entries).where(entries.c.user_id == user_id)
+
+
+def _bytes(text: sa.Column[Any]) -> sa.ColumnElement[int]:
+    return sa.func.coalesce(sa.func.length(sa.cast(text, sa.LargeBinary)), 0)
 
 
 def _without(found: Sequence[Entry], exclude: Collection[EntryId], limit: int) -> list[Entry]:

@@ -29,7 +29,8 @@ async def page(request: web.Request) -> web.Response:
     after = bodies.query_int(request, "after", 0, 0, (1 << 63) - 1)
     limit = bodies.query_int(request, "limit", 100, 1, MAX_PAGE)
     found = await deps.history.page(user.id, after=EntryId(after), limit=limit)
-    following = found[-1].id if len(found) == limit else None
+    more = found and found[-1].id < await deps.history.last_id(user.id)
+    following = found[-1].id if more else None
     answer = {"object": "list", "data": [views.entry(entry) for entry in found], "next": following}
     return web.json_response(answer, dumps=dumps)
 

@@ -4,8 +4,9 @@ from datetime import timedelta, timezone
 
 import pytest
 
-from persona.domain import Finish, Message, Origin, Role
+from persona.domain import EntryId, Finish, Line, Message, Origin, Role
 from persona.errors import NotFound, RequestError
+from storage import history as histories
 from storage.history import ImportItem
 
 
@@ -53,6 +54,19 @@ async def test_pages_follow_each_other(talk, history, ann):
     assert ids(await history.page(ann.id, limit=4)) == [1, 2, 3, 4]
     assert ids(await history.page(ann.id, after=4, limit=4)) == [5, 6, 7, 8]
     assert ids(await history.page(ann.id, after=8, limit=4)) == [9, 10]
+
+
+async def test_a_page_has_so_many_bytes_of_text_and_one_entry_at_least(history, ann, now, monkeypatch):
+    monkeypatch.setattr(histories, "PAGE_BYTES", 100)
+    lines = (Line("bob", "y" * 60),)
+    texts = [("ä" * 50, ()), ("short", ()), ("x" * 300, ()), ("other", lines), ("s" * 40, ()), ("end", ())]
+    items = [ImportItem(text=text, ts=now, context=context) for text, context in texts]
+    await history.import_(ann.id, items, count=len, now=now)
+    found, after = [], EntryId(0)
+    while page := await history.page(ann.id, after=after, limit=5):
+        found.append(ids(page))
+        after = page[-1].id
+    assert found == [[1], [2, 3], [4, 5], [6]]
 
 
 async def test_own_tokens_are_those_of_the_users_words_alone(talk, history, ann, now):
