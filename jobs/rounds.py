@@ -80,36 +80,44 @@ class Stage:
         return self.own_tokens > 0
 
 
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a trial stands on: an empty home with an engine of its own.
+
+    folder: for the adapters · prior: from which everybody starts.
+    """
+
+    settings: Settings
+    users: Users
+    history: History
+    engine: Engine
+    tokenizer: ChatTokenizer
+    rehearsal: Rehearsal
+    folder: Path
+    prior: AdapterRef | None = None
+    notify: Notify = lambda what, done, total: None
+
+    def count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text))
+
+
 class Rounds:
     """The learning half of a trial."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        users: Users,
-        history: History,
-        engine: Engine,
-        tokenizer: ChatTokenizer,
-        rehearsal: Rehearsal,
-        folder: Path,
-        prior: AdapterRef | None,
-        notify: Notify,
-    ) -> None:
-        """folder: for the adapters · prior: from which everybody starts."""
-        self._settings, self._users, self._history = settings, users, history
-        self._engine, self._tokenizer, self._rehearsal = engine, tokenizer, rehearsal
-        self._folder, self._prior, self._notify = folder, prior, notify
-        self._scorer = Scorer(engine, tokenizer, (), (), settings, settings.engine.context)
+    def __init__(self, ground: Ground) -> None:
+        self._ground, settings = ground, ground.settings
+        self._scorer = Scorer(ground.engine, ground.tokenizer, (), (), settings, settings.engine.context)
         self._known: dict[AdapterRef | None, Assistant] = {}
 
     async def enrol(self, number: int, person: Person, tokens: int | None) -> Pupil:
         """The person as a user with the newest part of their history, of so many own tokens; None: with all of it."""
-        user_id, entries = await enrol(person, number, self._users, self._history, self._count)
+        ground = self._ground
+        user_id, entries = await enrol(person, number, ground.users, ground.history, ground.count)
         first = 0
         if tokens is not None:
             room = tokens
             for start in range(len(entries) - 1, -1, -1):
-                room -= self._count(dataset.own_words(entries[start].text)) if entries[start].role is Role.USER else 0
+                room -= ground.count(dataset.own_words(entries[start].text)) if entries[start].role is Role.USER else 0
                 if room < 0:
                     first = start + 1
                     break
@@ -133,10 +141,10 @@ class Rounds:
             [entry for entry in seen if entry.id > watermark],
             replay=[entry for entry in seen if entry.id <= watermark],
             seen=watermark,
-            tokenizer=self._tokenizer,
-            settings=self._settings.learning,
-            system=self._settings.prompt.system,
-            longest=self._settings.engine.context,
+            tokenizer=self._ground.tokenizer,
+            settings=self._ground.settings.learning,
+            system=self._ground.settings.prompt.system,
+            longest=self._ground.settings.engine.context,
         )
         if isinstance(data, dataset.Deferred):
             raise RequestError(f"The history of {pupil.name} is too short for this trial. {data.reason}")
@@ -147,11 +155,13 @@ class Rounds:
 
         gate: judge what the assistant pays; else whatever was trained is kept.
         """
-        serves = self._prior if self._prior and not (gate and await self._objection(self._prior)) else None
+        serves = self._ground.prior
+        if serves is not None and gate and await self._objection(serves):
+            serves = None
         stages = [Stage(serves, 0, EntryId(0), [], 0, 0.0, Kept.NOTHING)]
         for number, planned in enumerate(lessons, 1):
             doing = f"{pupil.name} learns, round {number} of {len(lessons)}"
-            self._notify(doing, 0, 1)
+            self._ground.notify(doing, 0, 1)
             lesson = planned
             if number > 1 and stages[-1].kept is Kept.NOTHING:
                 lesson = await self._lesson(pupil, planned.entries, stages[-1].watermark)
@@ -160,14 +170,14 @@ class Rounds:
 
     async def _round(self, pupil: Pupil, last: Stage, lesson: Lesson, doing: str, *, seed: int, gate: bool) -> Stage:
         data = lesson.data
-        folders = [self._folder / f"{pupil.user_id}-{lesson.entries}-{way}" for way in (Kept.WHOLE, Kept.HALF)]
+        folders = [self._ground.folder / f"{pupil.user_id}-{lesson.entries}-{way}" for way in (Kept.WHOLE, Kept.HALF)]
         for folder in folders:
             folder.mkdir(parents=True)
         own = [sample.example for sample in data.examples]
-        start = last.adapter or self._prior
-        wanted = plan(self._settings.learning, data.passes, start, own, seed=seed)
+        start = last.adapter or self._ground.prior
+        wanted = plan(self._ground.settings.learning, data.passes, start, own, seed=seed)
         # Drawn by what stays the same whoever else is in the trial.
-        rehearsed = await self._rehearsal.examples(own, lesson.entries + seed)
+        rehearsed = await self._ground.rehearsal.examples(own, lesson.entries + seed)
         whole, half = map(str, folders)
         done = await self._train(TrainRequest([*own, *rehearsed], wanted, whole, start, half=half), doing)
         for way, (folder, kept) in enumerate(zip(folders, (Kept.WHOLE, Kept.HALF), strict=True)):
@@ -183,8 +193,8 @@ class Rounds:
 
     async def _train(self, request: TrainRequest, doing: str) -> Progress:
         last: Progress | None = None
-        async for progress in self._engine.train(request):
-            self._notify(doing, progress.step, progress.steps)
+        async for progress in self._ground.engine.train(request):
+            self._ground.notify(doing, progress.step, progress.steps)
             last = progress
         if last is not None and last.done:
             return last
@@ -193,13 +203,10 @@ class Rounds:
     async def assistant(self, adapter: AdapterRef | None) -> Assistant:
         """Scored once for each adapter, and once for the bare base."""
         if adapter not in self._known:
-            self._known[adapter] = await self._scorer.assistant(adapter, self._rehearsal)
+            self._known[adapter] = await self._scorer.assistant(adapter, self._ground.rehearsal)
         return self._known[adapter]
 
     async def _objection(self, adapter: AdapterRef) -> str | None:
         """Why the gate would not let it serve, whomever it predicts."""
         bare = await self.assistant(None)
-        return bare.cost(await self.assistant(adapter)).objection(self._settings)
-
-    def _count(self, text: str) -> int:
-        return len(self._tokenizer.encode(text))
+        return bare.cost(await self.assistant(adapter)).objection(self._ground.settings)

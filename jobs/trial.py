@@ -12,23 +12,16 @@ message under what stood before it. The rounds give a curve; the last one is mea
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from jobs import answers, dataset
 from jobs.dataset import HeldOut
 from jobs.people import Person
-from jobs.rehearsal import Rehearsal
-from jobs.rounds import Notify, Pupil, Rounds, Stage
+from jobs.rounds import Ground, Pupil, Rounds, Stage
 from persona import frames, prompt
-from persona.domain import ChatTokenizer
-from persona.engine.faces import Engine
 from persona.engine.protocol import AdapterRef, ScoreRequest
 from persona.errors import RequestError
-from persona.settings import Settings
-from storage.history import History
-from storage.users import Users
 
 CANDIDATES = 10  # messages of which one is the next
 WINDOW = 400  # entries before a message that a quotation may reach back to
@@ -101,22 +94,8 @@ class Result:
 class Trial:
     """One experiment in an empty home with an engine of its own."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        users: Users,
-        history: History,
-        engine: Engine,
-        tokenizer: ChatTokenizer,
-        rehearsal: Rehearsal,
-        folder: Path,
-        prior: AdapterRef | None = None,
-        notify: Notify = lambda what, done, total: None,
-    ) -> None:
-        """folder: for the adapters · prior: from which everybody starts."""
-        self._settings, self._history, self._engine, self._tokenizer = settings, history, engine, tokenizer
-        self._prior, self._notify = prior, notify
-        self._rounds = Rounds(settings, users, history, engine, tokenizer, rehearsal, folder, prior, notify)
+    def __init__(self, ground: Ground) -> None:
+        self._ground, self._rounds = ground, Rounds(ground)
 
     async def run(
         self, people: Sequence[Person], options: Options, told: Callable[[Result], None] = lambda result: None
@@ -137,7 +116,7 @@ class Trial:
             while len(stages) <= max(place, other):
                 who, what = pupils[len(stages)], lessons[len(stages)]
                 stages.append(await rounds.learn(who, what, seed=options.seed, gate=options.gate))
-            self._notify(f"measuring {pupil.name}", place, len(pupils))
+            self._ground.notify(f"measuring {pupil.name}", place, len(pupils))
             wrong = stages[other] if other != place else None
             results.append(await self._measure(pupil, stages[place], wrong, options))
             told(results[-1])
@@ -156,7 +135,7 @@ class Trial:
         """
         framed = [self.draft(message, "") for message in messages]
         bare = max(one.targets[0] for one in framed) + max(len(one.targets) for one in framed)
-        quoted, longest = max(context.tokens for context in options.contexts), self._settings.engine.context
+        quoted, longest = max(context.tokens for context in options.contexts), self._ground.settings.engine.context
         if (wanted := bare + quoted + prompt.SEAM_TOKENS) > longest:
             raise RequestError(
                 f"A prompt that quotes {quoted} tokens may have {wanted} here, and engine.context is {longest}:"
@@ -193,8 +172,8 @@ class Trial:
     def _sides(self, own: Stage, wrong: Stage | None) -> dict[str, AdapterRef | None]:
         """Who serves after one round, by condition; None is the bare base, where nothing was kept."""
         sides = {"adapter": own.adapter}
-        if self._prior is not None:
-            sides["prior"] = self._prior
+        if self._ground.prior is not None:
+            sides["prior"] = self._ground.prior
         if wrong is not None and wrong.own:
             sides["wrong_user"] = wrong.adapter
         return sides
@@ -212,7 +191,7 @@ class Trial:
 
     async def scored(self, framed: Sequence[frames.Framed], adapter: AdapterRef | None) -> list[list[float]]:
         """Log-probabilities of the targets of each."""
-        return await self._engine.score_all([ScoreRequest(one.tokens, one.targets, adapter) for one in framed])
+        return await self._ground.engine.score_all([ScoreRequest(one.tokens, one.targets, adapter) for one in framed])
 
     async def quoted(self, pupil: Pupil, message: HeldOut, context: Context | None) -> str:
         """History that stood before `message`, as a prompt quotes it."""
@@ -220,17 +199,18 @@ class Trial:
             return ""
         if context.kind == "recent":
             lately = [e for e in pupil.before(message) if e.id not in message.conversation][-WINDOW:]
-            return prompt.quote_recent(dataset.redacted(lately), self._tokenizer, context.tokens).text
+            return prompt.quote_recent(dataset.redacted(lately), self._ground.tokenizer, context.tokens).text
         said = "\n".join(line.text for line in message.lines) or pupil.before(message)[-1].text
         left = message.conversation | pupil.unused
-        most = max(FOUND, context.tokens // ENTRY)
-        found = await self._history.search(pupil.user_id, said, limit=most, before=message.entry_id, exclude=left)
-        return prompt.quote_found(dataset.redacted(found), self._tokenizer, context.tokens).text
+        most, search = max(FOUND, context.tokens // ENTRY), self._ground.history.search
+        found = await search(pupil.user_id, said, limit=most, before=message.entry_id, exclude=left)
+        return prompt.quote_found(dataset.redacted(found), self._ground.tokenizer, context.tokens).text
 
     def draft(self, message: HeldOut, quoted: str, text: str | None = None) -> frames.Framed:
         """The message, or `text` in its place, as a draft after what was said before it."""
-        lines = frames.trim_lines(message.lines, self._settings.learning.context_tokens, self._tokenizer)
-        framed = frames.draft(lines, message.text if text is None else text, quoted=quoted, tokenizer=self._tokenizer)
+        tokenizer, text = self._ground.tokenizer, message.text if text is None else text
+        lines = frames.trim_lines(message.lines, self._ground.settings.learning.context_tokens, tokenizer)
+        framed = frames.draft(lines, text, quoted=quoted, tokenizer=tokenizer)
         return framed.clipped(targets=dataset.TARGET_TOKENS, tokens=len(framed.tokens))
 
     # --- recognising
@@ -241,7 +221,7 @@ class Trial:
         """Whether the adapter finds the next message among others', and whether a message finds its adapter."""
         pool = [(place, message) for place, stage in enumerate(last) for message in stage.held_out]
         for place, (pupil, stage, result) in enumerate(zip(pupils, last, results, strict=True)):
-            self._notify(f"recognising {pupil.name}", place, len(pupils))
+            self._ground.notify(f"recognising {pupil.name}", place, len(pupils))
             some = stage.held_out[-probes:]
             others = [message for owner, message in pool if owner != place]
             if len(others) >= CANDIDATES - 1:
@@ -270,10 +250,11 @@ class Trial:
 
     async def _question(self, stages: Sequence[list[Stage]], results: Sequence[Result], limit: int) -> None:
         """Whether the assistant still knows what it knew."""
-        bare = await answers.answered(self._engine, self._tokenizer, None, self._settings, limit)
+        ground = self._ground
+        bare = await answers.answered(ground.engine, ground.tokenizer, None, ground.settings, limit)
         for place, (mine, result) in enumerate(zip(stages, results, strict=True)):
-            self._notify(f"asking beside {result.name}", place, len(results))
-            own = await answers.answered(self._engine, self._tokenizer, mine[-1].adapter, self._settings, limit)
+            ground.notify(f"asking beside {result.name}", place, len(results))
+            own = await answers.answered(ground.engine, ground.tokenizer, mine[-1].adapter, ground.settings, limit)
             result.answered = {"base": sum(bare) / len(bare), "adapter": sum(own) / len(own)}
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jobs import people, plans, summary
 from jobs import prior as priors
+from jobs.rounds import Ground
 from jobs.trial import CONTEXTS, Context, Options, Result, Trial
 from persona import chart
 from persona.app_private import Private, private
@@ -157,8 +158,9 @@ def _trial(parts: Private, prior: AdapterRef | None, bar: Progress) -> Trial:
         bar.update(task, description=what, completed=done, total=total)
 
     users, history = Users(parts.database), History(parts.database)
-    folder = parts.settings.adapters
-    return Trial(parts.settings, users, history, parts.engine, parts.tokenizer, parts.rehearsal, folder, prior, notify)
+    settings, engine, tokenizer, rehearsal = parts.settings, parts.engine, parts.tokenizer, parts.rehearsal
+    ground = Ground(settings, users, history, engine, tokenizer, rehearsal, settings.adapters, prior, notify)
+    return Trial(ground)
 
 
 def _bar() -> AbstractContextManager[Progress]:

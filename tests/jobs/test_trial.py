@@ -9,6 +9,7 @@ import pytest
 from models import Models
 
 from jobs import people, plans, prior, summary
+from jobs.rounds import Ground
 from jobs.trial import Context, Options, Trial
 from persona.app_private import Private, private
 from persona.domain import EntryId
@@ -49,7 +50,7 @@ def trial(parts: Private, **more: object) -> Trial:
     users, history = Users(parts.database), History(parts.database)
     folder = parts.settings.adapters
     fixed = parts.settings, users, history, parts.engine, parts.tokenizer, parts.rehearsal, folder
-    return Trial(*fixed, **more)  # type: ignore[arg-type]
+    return Trial(Ground(*fixed, **more))  # type: ignore[arg-type]
 
 
 async def test_everybody_is_better_served_by_their_own_adapter(parts: Private, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from world import World
 from jobs import plans, summary
 from jobs.people import Person
 from jobs.rehearsal import Rehearsal
+from jobs.rounds import Ground
 from jobs.trial import Context, Options, Result, Trial
 from persona import prompt
 from persona.domain import Line
@@ -27,7 +28,7 @@ WORDS = ("north", "south", "east", "west", "home", "away", "over", "under")
 def trial(world: World, **more: object) -> Trial:
     rehearsal = Rehearsal(world.engine, TEXT, world.settings, lambda: world.base)
     parts = (world.settings, world.users, world.history, world.engine, TEXT, rehearsal, world.settings.adapters)
-    return Trial(*parts, **more)  # type: ignore[arg-type]
+    return Trial(Ground(*parts, **more))  # type: ignore[arg-type]
 
 
 def person(name: str, texts: list[str]) -> Person:
