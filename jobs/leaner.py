@@ -1,7 +1,7 @@
 """A training for which memory runs out starts anew in slices of half the size, and is put off when even small ones
 do not fit: nothing is wrong with its text then."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import structlog
 
@@ -14,7 +14,7 @@ SMALLEST = 32  # tokens of a slice that are worth a try
 log = structlog.get_logger("engine")
 
 
-def slices(training: Callable[[Plan], Iterator[Progress | None]], plan: Plan) -> Iterator[Progress | None]:
+def slices(training: Callable[[Plan], Iterator[Progress | None]], plan: Plan) -> Generator[Progress | None, None, None]:
     """The slices of `training` under `plan`, or with less memory. Raises Busy when there is too little for any."""
     while True:
         try:

@@ -5,6 +5,7 @@ shown: what remains is who complained, where in the code, and the kind of the er
 """
 
 import asyncio
+import contextlib
 import logging
 import sys
 from collections.abc import MutableMapping
@@ -28,7 +29,7 @@ def configure(settings: Log, file: TextIO | None = None) -> None:
             _renderer(settings.json_lines),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file),
+        logger_factory=lambda *_: _Lines(file or sys.stdout),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[Foreign(logging.WARNING)], level=logging.WARNING, force=True)
@@ -38,6 +39,21 @@ def loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
     """What the event loop reports of tasks and callbacks that nobody awaits."""
     error = context.get("exception")
     log.error("event loop error", kind=type(error).__name__ if error else "none", where=_place(error))
+
+
+class _Lines:
+    """Writes lines. One that cannot be written, on a full disk or to a reader that is gone, is lost: whoever logs goes
+    on, and a last resort that logs stays one."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def msg(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    debug = info = warning = error = critical = msg
 
 
 class Foreign(logging.Handler):

@@ -7,10 +7,11 @@
 The scratch page lies behind the last page that the page pool knows of, so it can never be given to a sequence.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
-BUCKETS = (1, 2, 4, 8, 16, 32)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 HEAD = 4  # columns before the pages
 
 
@@ -25,6 +26,11 @@ class Row(NamedTuple):
 def bucket(rows: int) -> int | None:
     """The smallest size that holds so many rows; None if none does, or for no rows."""
     return next((size for size in BUCKETS if 0 < rows <= size), None)
+
+
+def up_to(rows: int) -> tuple[int, ...]:
+    """The sizes for steps of 1 … `rows` rows, as far as there are any."""
+    return BUCKETS[: bisect_left(BUCKETS, rows) + 1]
 
 
 class Layout(NamedTuple):

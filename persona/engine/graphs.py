@@ -38,7 +38,8 @@ def recorded(work: Work) -> tuple[Callable[[], None], torch.Tensor]:
         work()  # compiles kernels and fills their tables, which cannot be recorded
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # The outer one: a recording that fails may leave its own stream behind.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = work()
     return graph.replay, result
 
@@ -55,12 +56,12 @@ class DecodeGraphs:
         self._made: dict[tuple[int, bool], _Recording | None] = {}  # None: it cannot be recorded
         self._last: _Recording | None = None
 
-    def prepare(self) -> None:
-        """Record every size, the largest first: they share memory. What prompts need is compiled, too."""
+    def prepare(self, rows: int) -> None:
+        """Record every size for steps of up to so many rows, the largest first. What prompts need is compiled, too."""
         decoder = self._decoder
         lora.compile_ahead(self._kernels, decoder.shape, decoder.dtype, decoder.device)
         attention.compile_ahead(self._cache, self._kernels, decoder.shape, decoder.dtype)
-        for size in reversed(buckets.BUCKETS):
+        for size in reversed(buckets.up_to(rows)):
             for adapted in (True, False):
                 self._recording(size, adapted)
 

@@ -19,7 +19,7 @@ import torch
 from jobs import leaner
 from jobs.trainer import Trainer
 from persona import logs
-from persona.engine import adapter_file, branches, decoder, lora, protocol, weights
+from persona.engine import adapter_file, branches, decoder, lora, protocol, slices, weights
 from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
 from persona.engine.buckets import Layout
@@ -37,6 +37,7 @@ from persona.engine.pages import PagePool
 from persona.engine.protocol import AdapterRef, Health, Plan, Progress, TrainRequest
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Scheduler
+from persona.engine.score_all import Wanted
 from persona.engine.text import Text
 from persona.engine.tiers import Submit, Tiers
 from persona.engine.wires import Inbox, Loader, Outbox
@@ -83,6 +84,10 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
         base_bytes=base.nbytes(),
     )
 
+    def settle() -> None:
+        if base.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def read(ref: AdapterRef) -> Adapter:
         return adapter_file.read(Path(ref.path), ref.sha256, options.base, base.shape)
 
@@ -96,7 +101,10 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
         def under(plan: Plan) -> Iterator[Progress | None]:
             return Trainer(base, options.base, protocol.replace(request, plan=plan), start).slices()
 
-        return leaner.slices(under, request.plan)
+        return slices.settled(leaner.slices(under, request.plan), settle)
+
+    def score(wanted: Wanted) -> slices.Scores:
+        return slices.settled(branches.scores(base, wanted, options.prefill_tokens), settle)
 
     tiers = Tiers(
         read,
@@ -118,7 +126,7 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
         tiers=tiers,
         text=Text.load(folder),
         train=train,
-        score=lambda wanted: branches.scores(base, wanted, options.prefill_tokens),
+        score=score,
         about=lambda: protocol.replace(health, memory=_memory_used(base.device)),
         eos=frozenset(base.shape.eos),
         grammars=Grammars(
@@ -142,13 +150,13 @@ def _whole(options: Options, base: Decoder, cache: KvCache) -> DecodeGraphs | Na
     quick, context = kernels(base.device.type), min(options.context, base.shape.context)
     if quick is None:
         compiled = native.steps(Path(options.kernels), base, cache, context) if options.native else None
-        if compiled is None:
+        if compiled is None and base.device.type == "cpu":
             base.widen()
         return compiled
     last = cache.memory.pages - 1
     layout = Layout(options.page_tokens, cache.stride, -(-context // options.page_tokens), scratch=last)
     graphs = DecodeGraphs(base, cache, layout, quick)
-    graphs.prepare()
+    graphs.prepare(options.max_running)
     return graphs
 
 

@@ -9,7 +9,9 @@ move. Whoever takes a page gives it back; `check()` proves that nothing leaked. 
 """
 
 import heapq
+import math
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple, Protocol
@@ -126,7 +128,16 @@ class PagePool:
 
     def _oldest_run(self, used: list[int], count: int) -> range:
         """The `count` neighbours whose latest use is the earliest; among equals the highest."""
-        start = min(range(self.total - count, -1, -1), key=lambda start: max(used[start : start + count]))
+        best, start = math.inf, 0
+        falling = deque[int]()  # of the run at hand, the pages that were used later than all behind them
+        for page in range(self.total - 1, -1, -1):
+            while falling and used[falling[-1]] <= used[page]:
+                falling.pop()
+            falling.append(page)
+            if falling[0] >= page + count:
+                falling.popleft()
+            if page + count <= self.total and used[falling[0]] < best:
+                best, start = used[falling[0]], page
         return range(start, start + count)
 
     def _claim(self, run: range) -> list[int]:

@@ -9,6 +9,7 @@ from persona.engine.protocol import Failed
 from persona.errors import Busy, PersonaError
 
 MAX_RETRY_SECONDS = 60
+CAPTURE = range(900, 909)  # cudaErrorStreamCapture…: of a recording that came to nothing, the device is well
 log = structlog.get_logger("engine")
 
 
@@ -33,12 +34,16 @@ def trouble(error: Exception | None) -> PersonaError:
 
 def fatal(error: BaseException) -> bool:
     """Whether the device itself is lost to this process, as after a fault in a kernel: only a new process helps."""
-    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+    if not isinstance(error, torch.AcceleratorError) or isinstance(error, torch.OutOfMemoryError):
+        return False
+    return getattr(error, "error_code", None) not in CAPTURE
 
 
 def starved(error: BaseException) -> bool:
     """Whether memory ran out; torch's CPU allocator says so in words only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # its error is a RuntimeError, in other words on each system
 
 
 def cause(error: BaseException) -> str:

@@ -7,7 +7,7 @@ prefills at most `prefill_tokens` prompt tokens beside them; what is only comput
 
 Where several users come, who has more than a like share leaves the last places and pages to others; and who has most of
 what runs has short steps (a quarter of `prefill_tokens` for their own prompts), and while a prompt of another is
-computed none for theirs, and every second one for their replies. So the others begin soon.
+computed one of eight for theirs, and every second one for their replies. So the others begin soon.
 """
 
 from collections import Counter
@@ -24,6 +24,7 @@ from persona.engine.waiting import GENERATED, Shares, WaitingRoom
 
 AHEAD = 64  # tokens of a silent sequence in one step
 KEPT = 1 / 8  # of the running places and of the pages, the last ones: for users who have less than a like share
+PROMPTS_REST = 8  # of so many steps beside prompts of others a heavy user's own prompts sit out all but one
 HEAVY = 4  # sequences that a user runs, at least, who is to leave others room
 
 
@@ -125,7 +126,7 @@ class Scheduler:
         self.shares = Shares()
         self._waiting = WaitingRoom[Sequence](self.shares), WaitingRoom[Sequence](Shares())  # chat, background
         self._running: list[Sequence] = []
-        self._rested = False  # whether the heavy user sat out the last step
+        self._beside = 0  # steps in a row in which the heavy user stood beside prompts of others
 
     @property
     def running(self) -> int:
@@ -193,14 +194,13 @@ class Scheduler:
             self._prefetch()
         heavy = self._heavy()
         decode = [s for s in self._running if not s.prefilling]
+        others = any(s.prefilling and s.user_id != heavy and not s.background for s in self._running)
+        self._beside = self._beside + 1 if heavy is not None and others else 0
         segments = list(self._segments(self._prefill_tokens, heavy))
-        others = [one for one in segments if one.sequence.user_id != heavy and not one.sequence.background]
-        if heavy is not None and others:
+        if self._beside % PROMPTS_REST:
             segments = [one for one in segments if one.sequence.user_id != heavy]
-            self._rested = not self._rested
-            decode = [s for s in decode if s.user_id != heavy] if self._rested else decode
-        else:
-            self._rested = False
+        if self._beside % 2:
+            decode = [s for s in decode if s.user_id != heavy]
         if not decode and not segments:
             segments = list(self._ahead())
         return Plan(decode, segments, admitted, refused)
@@ -340,11 +340,12 @@ class Scheduler:
 
     def _segments(self, budget: int, heavy: int | None) -> Iterator[Segment]:
         """Chat first, who has had least before others, then scoring; among equals in order of admission. The prompts of
-        `heavy` come after other chats and have a part of the budget."""
-        theirs = budget // 4
+        `heavy` have a part of the budget, which comes after other chats, but for the one step of PROMPTS_REST."""
+        theirs, last = budget // 4, not self._beside or bool(self._beside % PROMPTS_REST)
 
         def turn(one: Sequence) -> tuple[bool, bool, float]:
-            return one.background, one.user_id == heavy, 0.0 if one.background else self.shares[one.user_id]
+            later = (one.user_id == heavy) is last
+            return one.background, later, 0.0 if one.background else self.shares[one.user_id]
 
         for sequence in sorted((s for s in self._running if s.prefilling and not s.silent), key=turn):
             mine = heavy is not None and sequence.user_id == heavy

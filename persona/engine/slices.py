@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 
@@ -16,6 +17,9 @@ from persona.engine import protocol
 from persona.engine.protocol import Progress, Reply
 from persona.engine.refusals import cause, failed, fatal
 from persona.errors import Busy, PersonaError, StorageFull, TrainingFailed
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 SHARE = 0.11  # of the time that steps took: gaps between tokens grow by that in the mean
 SCORING = 1.0  # the same for scoring, which is short: a new version waits for its gate
@@ -33,6 +37,21 @@ class Scoring:
     slices: Scores
     ended: Callable[[list[list[float]]], None]
     stop: Callable[[], None]
+
+
+def settled(slices: Generator[T, None, R], settle: Callable[[], None]) -> Generator[T, None, R]:
+    """The same, each with all that it put on its way done: a slice is charged for what it costs a device, too."""
+    try:
+        while True:
+            try:
+                said = next(slices)
+            except StopIteration as ended:
+                result: R = ended.value
+                return result
+            settle()
+            yield said
+    finally:
+        slices.close()
 
 
 class Slices:

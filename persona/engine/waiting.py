@@ -20,6 +20,7 @@ GENERATED = 2.0  # what a generated token counts, against one of a prompt
 OWN = 3.0  # times that a request's own cost counts beside its user's counter
 LONG = 128  # tokens of a reply; one that may be longer mostly ends before
 LEAST = 8  # admissions behind an estimate
+LATELY = 100_000.0  # of virtual time: who left no longer ago may come back any moment
 AWAY = 1000  # counters of users who are away that are kept at most
 
 
@@ -44,6 +45,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._served: dict[int, float] = {}
+        self._left: dict[int, float] = {}  # virtual time at which users who are away left
         self._active: Counter[int] = Counter()
         self._last = 0.0  # the highest counter of those who left
         self._passed = 0.0  # what each active user has had since the start if all had had alike: virtual time
@@ -61,14 +63,17 @@ class Shares:
         return len(self._active)
 
     def alone(self, user_id: int) -> bool:
-        """Whether nobody else has come for as long as counters are kept."""
-        return not any(other and other != user_id for other in self._served)
+        """Whether nobody else is active, or was lately."""
+        if any(other and other != user_id for other in self._active):
+            return False
+        return not any(other and other != user_id and self._passed - at < LATELY for other, at in self._left.items())
 
     def come(self, user_id: int) -> None:
         """One more request of the user."""
         if not self._active[user_id]:
             others = [self[other] for other, requests in self._active.items() if requests]
             self._served[user_id] = max(self[user_id], min(others, default=self._last))
+            self._left.pop(user_id, None)
         self._active[user_id] += 1
 
     def go(self, user_id: int) -> None:
@@ -77,8 +82,10 @@ class Shares:
         if not self._active[user_id]:
             del self._active[user_id]
             self._last = max(self._last, self[user_id])
+            self._left[user_id] = self._passed
             if len(self._served) > len(self._active) + AWAY:
                 self._served = {user: self._served[user] for user in self._active}
+                self._left = {user: at for user, at in self._left.items() if self._passed - at < LATELY}
 
     def charge(self, user_id: int, tokens: float) -> None:
         self._served[user_id] = self[user_id] + tokens

@@ -12,6 +12,7 @@ from persona.engine.memory import Memory
 from persona.engine.scheduler import Sequence
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import Nf4, Projection, StoredInt4, compute_dtype
+from persona.engine.words import Words
 
 PAGE = 32
 
@@ -65,7 +66,8 @@ def decoder(size: Size, form: str, device: torch.device) -> Decoder:
         made = {target: projection(form, *shape.projection(target), device) for target in TARGETS}
         return Layer(norm, norm, made, None, None)
 
-    embed, head = (torch.randn(shape.vocab, shape.hidden, device=device, dtype=dtype) / 50 for _ in range(2))
+    numbers = (torch.randn(shape.vocab, shape.hidden, device=device, dtype=dtype) / 50 for _ in range(2))
+    embed, head = map(Words, numbers)
     made = Decoder(shape, [layer() for _ in range(shape.layers)], embed, norm, head)
     made.dtype = dtype
     return made

@@ -2,13 +2,14 @@
 
 import pytest
 
-from persona.engine.buckets import BUCKETS, HEAD, Layout, Row, bucket
+from persona.engine.buckets import BUCKETS, HEAD, Layout, Row, bucket, up_to
 
 LAYOUT = Layout(size=16, stride=96, most=3, scratch=90)
 
 
 @pytest.mark.parametrize(
-    ("rows", "size"), [(0, None), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (9, 16), (17, 32), (32, 32), (33, None)]
+    ("rows", "size"),
+    [(0, None), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (9, 16), (17, 32), (32, 32), (33, 64), (64, 64), (65, None)],
 )
 def test_a_step_takes_the_smallest_size_that_holds_it(rows: int, size: int | None) -> None:
     assert bucket(rows) == size
@@ -49,3 +50,9 @@ def test_longer_sequences_than_a_recording_has_room_for_do_not_fit() -> None:
 
 def test_sizes_grow() -> None:
     assert sorted(set(BUCKETS)) == list(BUCKETS)
+
+
+def test_only_sizes_that_a_step_may_have_are_recorded() -> None:
+    assert [up_to(rows) for rows in (1, 3, 4, 33)] == [(1,), (1, 2, 4), (1, 2, 4), BUCKETS]
+    assert up_to(10 * BUCKETS[-1]) == BUCKETS
+    assert all(bucket(row) in up_to(rows) for rows in range(1, BUCKETS[-1] + 1) for row in range(1, rows + 1))

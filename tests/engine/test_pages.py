@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from workbench import plain_tiers
 
 from persona.engine.pages import Idle, PagePool
@@ -159,3 +162,11 @@ def test_a_long_prompt_is_prefilled_in_pieces_beside_the_running_rows() -> None:
         borders.append((segment.start, segment.end))
         long.computed = segment.end
     assert borders == [(0, 16), (16, 32), (32, 40)]
+
+
+@given(st.lists(st.integers(-1, 5), min_size=1, max_size=40), st.data())
+def test_a_run_is_where_the_latest_use_is_the_earliest_and_the_highest_of_those(used: list[int], data: Any) -> None:
+    count = data.draw(st.integers(1, len(used)))
+    latest = {start: max(used[start : start + count]) for start in range(len(used) - count + 1)}
+    start = max(start for start in latest if latest[start] == min(latest.values()))
+    assert PagePool(len(used), 16)._oldest_run(used, count) == range(start, start + count)

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -478,15 +479,23 @@ def test_a_pause_stops_the_slices_until_it_ends(models: Models, tmp_path: Path) 
     assert bench.answers[job][-1].progress.done  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError, RuntimeError])
+def _fails(kind: type[Exception]) -> Any:
+    raise kind("CUDA out of memory. Tried to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [lambda: torch.empty(1 << 60), lambda: _fails(MemoryError), lambda: _fails(torch.OutOfMemoryError)],
+    ids=["more than there is", "python", "cuda"],
+)
 def test_threat_14_a_training_short_of_memory_takes_smaller_slices_and_serving_goes_on(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], Any]
 ) -> None:
     bench, forward = Bench(models), Trainer._pack
 
     def short(trainer: Trainer, pack: Pack, weight: float) -> Any:
         if trainer._plan.slice_tokens > 64:
-            raise kind("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+            fail()
         return forward(trainer, pack, weight)
 
     monkeypatch.setattr(Trainer, "_pack", short)

@@ -11,7 +11,7 @@ from plain import some_tokens
 from workbench import Bench
 
 from persona.engine import protocol
-from persona.engine.waiting import GENERATED, LONG, OWN, Pace, Shares, WaitingRoom, cost
+from persona.engine.waiting import GENERATED, LATELY, LONG, OWN, Pace, Shares, WaitingRoom, cost
 
 
 @dataclass(eq=False)
@@ -90,6 +90,23 @@ def test_who_was_served_alone_does_not_pay_for_it() -> None:
     shares.come(2)
     shares.come(1)
     assert shares[2] == shares[1]
+
+
+def test_who_left_long_ago_does_not_count_as_company() -> None:
+    shares = Shares()
+    shares.come(1)
+    assert shares.alone(1)
+    shares.come(2)
+    shares.charge(2, 10)
+    assert not shares.alone(1)
+    shares.go(2)
+    assert not shares.alone(1), "user 2 may come back any moment"
+    shares.charge(1, LATELY - 1)
+    assert not shares.alone(1)
+    shares.charge(1, 1)
+    assert shares.alone(1)
+    shares.come(2)
+    assert not shares.alone(1)
 
 
 def test_thousands_who_left_are_forgotten() -> None:
@@ -288,6 +305,19 @@ def test_a_prompt_that_is_scored_for_a_user_waits_and_counts_like_a_chat(models:
     assert [bench.failure(job).kind for job in (*jobs[:2], light)] == ["Busy"] * 3
     bench.finish()
     assert bench.end(running) == "length"
+
+
+def test_prompts_of_who_has_most_of_what_runs_go_on_beside_an_endless_stream_of_others(models: Models) -> None:
+    bench = Bench(models, running=16, prefill=32)
+    bench.alone(some_tokens(5), None, 1, user=2)
+    jobs = [bench.generate(some_tokens(60, seed=seed), count=2, user=1) for seed in range(6)]
+    bench.work()
+    for number in range(600):
+        bench.generate(some_tokens(30, seed=100 + number), count=1, user=2 + number % 3)  # a step for each
+        bench.work()
+        if all(bench.end(job) for job in jobs):
+            break
+    assert [bench.end(job) for job in jobs] == ["length"] * 6
 
 
 def test_who_has_most_of_what_runs_sits_out_every_second_step_of_anothers_prompt(models: Models) -> None:

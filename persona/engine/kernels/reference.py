@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from persona.engine import quantize
 
-FEW = 32  # rows up to which there are kernels for 4-bit products
+FEW = 64  # rows up to which 4-bit products go through kernels
 BLOCK = 32  # rows of a prompt that a kernel takes together
 QUERIES = 64  # the same for attention
 # QLoRA (Dettmers et al. 2023), appendix E: the values of NF4's sixteen codes.

@@ -22,7 +22,7 @@ BLOCK = 32  # tokens at a time
 WARPS = 8  # of a program for prompts, which would spill registers with the usual four
 
 
-@triton.jit(do_not_specialize=["table_row"])
+@triton.jit(do_not_specialize=["table_row", "lengths_row"], do_not_specialize_on_alignment=["lengths"])
 def _part(
     q, keys, values, table, lengths, parts, sums,
     q_row, q_head, k_page, k_place, k_head, v_page, v_place, v_head, table_row, lengths_row,
@@ -72,7 +72,7 @@ def _part(
     tl.store(sums + at * 2 + 1, total, mask=heads < group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lengths_row", "most"], do_not_specialize_on_alignment=["lengths"])
 def _join(parts, sums, lengths, out, lengths_row, most, dim, SPLIT: tl.constexpr, DIM: tl.constexpr):
     """Parts of one row and query head → out [rows, heads, dim]. most: parts that there is room for."""
     row, head = tl.program_id(0), tl.program_id(1)

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 
 from persona.engine import quantize
-from persona.engine.kernels.reference import FEW, NF4
+from persona.engine.kernels.reference import NF4
 from persona.engine.kernels.triton_product import LEAST, operand
 
+TILE = 32  # rows of a launch, at most
 OUTPUTS = 32  # of a program
 INPUTS = 128  # of a round
 PROGRAMS = 512  # wanted at least: some four for each processor of a large GPU
@@ -48,7 +49,7 @@ def _store(parts, total, count, outs, outputs, ROWS: tl.constexpr):
     tl.store(parts + at, total, mask=(rows < count)[:, None] & (outs < outputs)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # its multiples of 16, and 1, would be compiled when they first come
 def _int4(
     x, codes, scales, parts, x_row, count, inputs, outputs, span,
     GROUP: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
@@ -73,7 +74,7 @@ def _int4(
     _store(parts, total, count, outs, outputs, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _nf4(
     x, data, absmax, table, parts, x_row, count, inputs, outputs, span,
     GROUP: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
@@ -97,18 +98,19 @@ def _nf4(
 
 
 def int4(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """As reference.int4, for at most FEW rows."""
+    """As reference.int4: TILE rows at a time, for each of which the matrix is read again."""
     return _launch(_int4, x, (codes, scales), codes.shape[0], quantize.GROUP)
 
 
 def nf4(x: torch.Tensor, data: torch.Tensor, absmax: torch.Tensor, outputs: int) -> torch.Tensor:
-    """As reference.nf4, for at most FEW rows, and for matrices whose rows are whole blocks."""
+    """As reference.nf4, so many rows at a time, and for matrices whose rows are whole blocks."""
     return _launch(_nf4, x, (data, absmax, _table(x.device)), outputs, quantize.NF4_BLOCK)
 
 
 def _launch(kernel: Any, x: torch.Tensor, matrix: tuple[torch.Tensor, ...], outputs: int, group: int) -> torch.Tensor:
     count, inputs = x.shape
-    assert count <= FEW
+    if count > TILE:
+        return torch.cat([_launch(kernel, some, matrix, outputs, group) for some in torch.split(x, TILE)])
     assert x.stride(-1) == 1
     assert inputs % group == 0
     assert all(part.is_contiguous() for part in matrix)
@@ -117,7 +119,7 @@ def _launch(kernel: Any, x: torch.Tensor, matrix: tuple[torch.Tensor, ...], outp
     parts = torch.empty(triton.cdiv(inputs, span), count, outputs, dtype=torch.float32, device=x.device)
     kernel[blocks, len(parts)](
         x, *matrix, parts, x.stride(0), count, inputs, outputs, span,
-        GROUP=group, ROWS=LEAST if count <= LEAST else FEW, OUTPUTS=OUTPUTS, INPUTS=INPUTS,
+        GROUP=group, ROWS=LEAST if count <= LEAST else TILE, OUTPUTS=OUTPUTS, INPUTS=INPUTS,
         TYPE=operand(x.dtype),
     )  # fmt: skip
     return (parts[0] if len(parts) == 1 else parts.sum(0)).to(x.dtype)

@@ -28,7 +28,7 @@ def close(found: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 33, 64])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES[:3])
 def test_int4_and_nf4_products(kernels: Kernels, outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> None:
     x, dense = random(rows, inputs, seed=2).to(dtype), random(outputs, inputs) / 8
