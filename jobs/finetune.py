@@ -124,7 +124,7 @@ class Finetune:
     async def _attempt(self, run: Run) -> _Outcome:
         try:
             return await self._learn(run)
-        except (TrainingFailed, AdapterError, TooLarge) as error:
+        except (TrainingFailed, TooLarge) as error:
             return _Outcome(RunState.FAILED, error.message)
         except NotFound:
             sentence = "The history or the version changed while this run was training."
@@ -132,7 +132,7 @@ class Finetune:
         except Busy as error:
             state = RunState.FAILED if isinstance(error, EngineDown) else RunState.DEFERRED
             return _Outcome(state, error.message, metrics={"again": True})
-        except PersonaError as error:  # the disk is full: nothing is wrong with the text
+        except PersonaError as error:  # the disk is full, a file is damaged: nothing is wrong with the text
             return _Outcome(RunState.FAILED, error.message, metrics={"again": True})
         except Exception as error:  # the worker goes on, whatever one user's run meets
             log.error("run failed unexpectedly", run=run.id, error=type(error).__name__, at=_place(error))
@@ -221,7 +221,13 @@ class Finetune:
         rehearsed = await self.rehearsal.examples(own, data.watermark)
         whole_way, half_way = map(str, out)
         request = TrainRequest([*own, *rehearsed], wanted, whole_way, first, str(kept), half_way)
-        last = await self._follow(run, request)
+        try:
+            last = await self._follow(run, request)
+        except AdapterError:
+            if start is not None:  # the next run starts from the version before
+                await self._adapters.quarantine(start.user_id, start.number, "The engine refused its file.")
+                log.error("version is corrupt and quarantined", run=run.id, version=start.number)
+            raise
         metrics = {
             "shape": plans.shape(wanted),
             "steps": last.steps,
@@ -349,10 +355,11 @@ class Finetune:
         """Commit the pointer, then tell the engine. An engine that misses the flip loads the version by need."""
         user = await self._user(candidate.user_id)
         try:
-            await self._adapters.point(user.id, candidate.number)
+            await self._adapters.point(user.id, candidate.number, after=candidate.metrics[live.BEFORE])
         except PersonaError as error:
             await reject(self._adapters, candidate)
-            return _Outcome(RunState.FAILED, f"The version could not be put into service: {error.message}")
+            sentence = f"The version could not be put into service: {error.message}"
+            return _Outcome(RunState.FAILED, sentence, metrics={"again": True})
         try:
             await self._engine.flip(ref(candidate))
         except PersonaError as error:

@@ -38,7 +38,7 @@ BESIDE_TRAINING = 1  # the same, while a run trains: it would wait for them
 MOST = 500  # messages that judge one version; then the figures stand
 LOOKED_AT = 2000  # of the user's messages after THROUGH
 
-Interrupt = Callable[[UserId], Awaitable[None]]
+Interrupt = Callable[[UserId], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from persona.engine import adapter_file
 from persona.engine.protocol import AdapterRef, Example, Plan
-from persona.errors import ConfigurationError
+from persona.errors import AdapterError, ConfigurationError
 from persona.settings import Learning
 from storage import files
 
@@ -51,6 +51,24 @@ def shape(plan: Plan) -> list[float]:
 def prior(learning: Learning) -> AdapterRef | None:
     """The adapter from which users start. Raises ConfigurationError if its folder holds none."""
     return folder(Path(learning.prior)) if learning.prior else None
+
+
+def check_prior(learning: Learning, base: str) -> None:
+    """Raises ConfigurationError if users cannot start from the prior on this base, in the form of their adapters."""
+    if not learning.prior:
+        return
+    what = f"The prior {Path(learning.prior) / adapter_file.FILE}"
+    try:
+        header = adapter_file.parse(_read(Path(learning.prior))).header
+    except AdapterError as error:
+        raise ConfigurationError(f"{what} cannot be used: {error.message}") from None
+    if header.base != base:
+        do = "make one for this base (persona prior train), or leave learning.prior empty"
+        raise ConfigurationError(f"{what} was trained on another base: {do}.")
+    layers = max(1, round(learning.layers * (header.first + header.layers)))
+    if (header.form, header.rank, header.alpha, header.layers) != ("sparse", learning.rank, learning.alpha, layers):
+        do = "set learning.rank, alpha and layers to what it was trained with, or make another (persona prior train)"
+        raise ConfigurationError(f"{what} has another form than users' adapters: {do}.")
 
 
 def folder(path: Path) -> AdapterRef:

@@ -6,8 +6,9 @@ at once lead to one run a user at most: a user has at most one open run, and wha
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 
 import structlog
 from apscheduler.jobstores.memory import MemoryJobStore
@@ -26,7 +27,10 @@ from storage.users import Users
 
 log = structlog.get_logger()
 
-AGAIN = timedelta(minutes=15)  # before a run that failed for no fault of the text is tried again
+AGAIN = timedelta(minutes=15)  # before a run that failed for no fault of the text is tried again; then twice that
+LONGEST_PAUSE = timedelta(days=1)
+MIND_SECONDS = 60.0  # between two looks at the clock
+SLACK = timedelta(seconds=1)
 PAUSE_SECONDS = 5.0  # of the worker after the database refused it
 
 
@@ -48,6 +52,7 @@ class Schedule:
         self._hourly = hourly
         self._live = live
         self._watcher: asyncio.Task[None] | None = None
+        self._minder: asyncio.Task[None] | None = None
         self._learning = settings.learning
         self._users = users
         self._history = history
@@ -88,6 +93,7 @@ class Schedule:
             often = {"hours": 1, "next_run_time": datetime.now(UTC)}
             self._timer.add_job(self._tidy, "interval", coalesce=True, misfire_grace_time=None, **often)
         self._timer.start()
+        self._minder = asyncio.create_task(self._mind(self._timer), name="clock")
 
     async def stop(self) -> None:
         """Stop the timer, then the run under way: it goes on from its last kept step after the next start."""
@@ -96,7 +102,7 @@ class Schedule:
             self._timer.pause()
             async with self._checking:  # the timer would cancel a check under way, and log it as an error
                 self._timer.shutdown(wait=False)
-        for task in (self._watcher, self._worker):
+        for task in (self._minder, self._watcher, self._worker):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -125,13 +131,16 @@ class Schedule:
         """End the user's run and live check under way, if there are any, and wait until they let go of everything."""
         if self._live is not None:
             await self._live.cancel(user_id)
-        await self._cancel_run(user_id)
+        await self.cancel_run(user_id)
 
-    async def _cancel_run(self, user_id: UserId) -> None:
-        if self._current is not None and self._current[0] == user_id:
-            task = self._current[1]
-            task.cancel()
-            await asyncio.wait([task])
+    async def cancel_run(self, user_id: UserId) -> bool:
+        """End the user's run under way, and wait until it let go of everything. Whether there was one."""
+        if self._current is None or self._current[0] != user_id:
+            return False
+        task = self._current[1]
+        task.cancel()
+        await asyncio.wait([task])
+        return True
 
     async def check(self) -> None:
         """Enqueue a run for each user who is due."""
@@ -165,20 +174,23 @@ class Schedule:
         last = await self._runs.last(user.id)
         if last is not None and not last.state.ended:
             return False
-        if last is None or _settled(last):
-            return await self._enough(user, last) or await self._lost(user, last)
-        return await self._ripe(user, last) and await self._enough(user, await self._settled(user))
+        runs = await self._runs.list(user.id)
+        settled = next((run for run in runs if _settled(run)), None)  # after it its text was not new any more
+        tried = runs[: runs.index(settled)] if settled else runs
+        if tried and not await self._ripe(user, tried):
+            return False
+        return await self._enough(user, settled) or await self._lost(user, settled)
 
-    async def _ripe(self, user: User, last: Run) -> bool:
-        """Whether a run without a verdict may be tried again: after more text, or after a pause if it had bad luck."""
+    async def _ripe(self, user: User, tried: Sequence[Run]) -> bool:
+        """Whether to try again after runs without a verdict, newest first: after more text, or, where the last had bad
+        luck, after a pause that grows from run to run. An end that lies ahead was before the clock was set back."""
+        last = tried[0]
         if last.state is not RunState.DEFERRED or last.metrics.get("again"):
-            return self._age(last.ended) >= AGAIN
+            unlucky = len(list(takewhile(lambda run: run.state is not RunState.DEFERRED, tried)))
+            pause, age = AGAIN * 2 ** max(0, unlucky - 1), self._age(last.ended)
+            return not timedelta(0) <= age < min(pause, LONGEST_PAUSE)
         more = await self._history.own_tokens(user.id, EntryId(last.metrics.get("through", 0)))
         return more >= max(1, self._learning.min_aged_tokens // 2)
-
-    async def _settled(self, user: User) -> Run | None:
-        """The newest run after which its text was not new any more."""
-        return next((run for run in await self._runs.list(user.id) if _settled(run)), None)
 
     async def _enough(self, user: User, last: Run | None) -> bool:
         """Whether enough has come since the run `last`."""
@@ -210,11 +222,20 @@ class Schedule:
         """Since `moment`; negative after the clock was set back, which makes nobody due."""
         return self._clock() - moment if moment else timedelta(0)
 
+    async def _mind(self, timer: AsyncIOScheduler) -> None:
+        """After the clock was set back, the timer would wait until it has come to where it was."""
+        while True:
+            await asyncio.sleep(min(MIND_SECONDS, self._learning.check_seconds))
+            now = datetime.now(UTC)
+            for job in timer.get_jobs():
+                if job.next_run_time is not None and job.next_run_time - now > job.trigger.interval + SLACK:
+                    job.modify(next_run_time=now)
+
     async def _watch(self, live: LiveCheck) -> None:
         """Rounds of the live check, beside the runs: a task of its own, so that neither waits for the other."""
         while True:
             try:
-                await live.round(self._cancel_run)
+                await live.round(self.cancel_run)
             except Exception as error:  # the next round comes by itself
                 log.warning("live checks failed", error=type(error).__name__)
             await asyncio.sleep(self._learning.check_seconds)

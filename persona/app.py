@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 import structlog
 from aiohttp import web
 
-from jobs import retention
+from jobs import plans, retention
 from jobs.finetune import Finetune
 from jobs.live import LiveCheck
 from jobs.schedule import Schedule
@@ -237,6 +237,7 @@ async def _services(
     def base() -> str:
         return health.base
 
+    plans.check_prior(settings.learning, health.base)
     finetune = Finetune(settings, users, history, adapters, runs, engine, tokenizer, base, clock)
     live = LiveCheck(settings, users, history, adapters, LiveChecks(database), engine, tokenizer, base, clock)
     keep = timedelta(days=settings.mqtt.keep_days)

@@ -101,12 +101,18 @@ class Adapters:
         finally:
             await in_thread(files.remove, folder)
 
-    async def point(self, user_id: UserId, number: int) -> None:
-        """Publish a candidate and let it serve, in one transaction. Raises NotFound if it may not serve."""
+    async def point(self, user_id: UserId, number: int, *, after: int | None = None) -> None:
+        """Publish a candidate and let it serve, in one transaction.
+
+        after: the version of the same base that has to serve until then, 0 for none. Raises NotFound if the candidate
+        may not serve, or another version serves meanwhile.
+        """
         async with self._db.write() as connection:
             row = await lineage.row(connection, user_id, number)
             if row is None or row.state not in _MAY_SERVE:
                 raise NotFound("There is no such version.")
+            if after is not None and after != await lineage.serving(connection, user_id, row.base):
+                raise NotFound("Another version serves meanwhile.")
             await lineage.mark(connection, user_id, [number], VersionState.PUBLISHED)
             await lineage.serve(connection, user_id, number)
             reach("point-before-commit")

@@ -102,5 +102,12 @@ async def pointer(connection: Transaction, user_id: UserId) -> int | None:
     return number
 
 
+async def serving(connection: Transaction, user_id: UserId, base: str) -> int:
+    """Number of the version that serves on that base; 0 if none does."""
+    number = await pointer(connection, user_id)
+    found = await row(connection, user_id, number) if number is not None else None
+    return found.number if found is not None and found.base == base else 0
+
+
 async def serve(connection: Transaction, user_id: UserId, number: int | None) -> None:
     await connection.execute(sa.update(users).where(users.c.id == user_id).values(active=number))

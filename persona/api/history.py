@@ -55,11 +55,12 @@ async def delete(request: web.Request) -> web.Response:
 
 async def _delete(deps: Services, user: User, entry_id: EntryId) -> tuple[int, ...]:
     gone = await deps.history.delete(user.id, entry_id)
+    stopped = await deps.schedule.cancel_run(user.id)  # it may have read the entry, and could not be kept
     if gone:
         await _serve_again(deps, user)
-        if user.learn and not user.paused:  # what was deleted is unlearned by learning the rest anew
-            await deps.runs.request(user.id, deps.clock())
-            deps.schedule.wake()
+    if (gone or stopped) and user.learn and not user.paused:  # what was deleted is unlearned by learning the rest anew
+        await deps.runs.request(user.id, deps.clock())
+        deps.schedule.wake()
     return gone
 
 

@@ -44,7 +44,11 @@ class Training(Protocol):
         ...
 
     async def cancel(self, user_id: UserId) -> None:
-        """End the user's run, if one is under way, and wait until it has ended."""
+        """End the user's run and live check, if one is under way, and wait until they have ended."""
+        ...
+
+    async def cancel_run(self, user_id: UserId) -> bool:
+        """End the user's run, if one is under way, and wait until it has ended. Whether there was one."""
         ...
 
 

@@ -49,7 +49,7 @@ class ScriptedEngine:
         steps: int = 3,
     ) -> None:
         self._reply = reply
-        self._delay = delay
+        self.delay = delay
         self.predicts = score
         self.trainable = trainable
         self.steps = steps
@@ -79,7 +79,7 @@ class ScriptedEngine:
         ended = False
         try:
             for count, word in enumerate(kept, 1):
-                await asyncio.sleep(self._delay)
+                await asyncio.sleep(self.delay)
                 if self.failure is not None:
                     raise self.failure
                 yield Chunk(word, count, logprobs=_told(word, request.sampling.logprobs))
@@ -130,7 +130,7 @@ class ScriptedEngine:
         try:
             begin = await asyncio.to_thread(_taken_up, request)
             for step in range(begin + 1, self.steps + 1):
-                await asyncio.sleep(self._delay)
+                await asyncio.sleep(self.delay)
                 await self._resumed.wait()
                 await asyncio.to_thread(_keep, request, step)
                 yield self._progress(step, resumed=begin)

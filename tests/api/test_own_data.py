@@ -1,5 +1,6 @@
 """What is the user's own: history in and out, versions, runs, export, forgetting."""
 
+import asyncio
 import io
 import json
 import zipfile
@@ -137,6 +138,27 @@ async def test_a_deleted_entry_takes_the_versions_that_absorbed_it(start: Start)
     assert (await live.user()).id in live.engine.dropped
     assert absorbed not in [entry["id"] for entry in (await live.call("GET", "/v1/me/history?limit=1000"))["data"]]
     await live.call("DELETE", f"/v1/me/history/{absorbed}", status=404)
+
+
+async def test_an_entry_that_is_deleted_under_a_run_is_unlearned_by_another_run(start: Start) -> None:
+    live = await start(ScriptedEngine(score=better))
+    lines = (DATA / "eric.jsonl").read_bytes().splitlines(keepends=True)
+    await import_(live, b"".join(lines[: len(lines) // 2]))
+    first = await live.call("POST", "/v1/me/train?wait=30")
+    await import_(live, b"".join(lines[len(lines) // 2 :]))
+    live.engine.delay = 0.2
+    under_way = await live.call("POST", "/v1/me/train", status=202)
+    async with asyncio.timeout(20):
+        while len(live.engine.trained) != 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    absorbed = (await live.call("POST", "/v1/me/why", json={"run": first["id"]}))["examples"][0]["entry"]
+    assert (await live.call("DELETE", f"/v1/me/history/{absorbed}"))["versions"] == [first["version"]]
+    stopped = await live.call("GET", f"/v1/me/runs/{under_way['id']}")
+    assert stopped["state"] == "interrupted"
+    live.engine.delay = 0.0
+    runs = (await live.call("GET", "/v1/me/runs"))["data"]
+    assert len(runs) == 3
+    assert (await live.call("POST", "/v1/me/train?wait=30"))["state"] == "kept"
 
 
 async def test_training_is_asked_for_and_waited_for(live: Live) -> None:

@@ -6,11 +6,12 @@ import math
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from histories import own
 from structlog.testing import capture_logs
-from world import Tell, World
+from world import Tell, World, improving
 
 from jobs import plans
 from persona.domain import EntryId, Frame, Message, Role, RunState, User, Version, VersionState
@@ -278,7 +279,7 @@ async def test_a_failure_anywhere_ends_the_run_with_a_sentence(
     assert run.reason is not None
     assert run.reason.endswith(".")
     assert "user text" not in run.reason
-    assert bool(run.metrics.get("again")) is isinstance(error, (Busy, StorageFull))
+    assert bool(run.metrics.get("again")) is isinstance(error, (AdapterError, Busy, StorageFull))
     await assert_nothing_changed(world, ann)
     world.engine = ScriptedEngine(score=lambda request: [-1.0 if request.adapter else -2.0] * len(request.targets))
     assert (await world.train(ann)).state is RunState.KEPT
@@ -343,6 +344,47 @@ class Slow(ScriptedEngine):
                 self.reached.set()
                 await self.go.wait()
             yield progress
+
+
+async def test_threat_08_a_rollback_in_the_last_moment_of_a_run_stays(
+    world: World, ann: User, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await tell(40)
+    assert (await world.train(ann)).state is RunState.KEPT
+    await tell(40)
+    point = world.adapters.point
+
+    async def late(*given: Any, **more: Any) -> None:
+        await world.adapters.rollback(ann.id, 0)
+        await point(*given, **more)
+
+    monkeypatch.setattr(world.adapters, "point", late)
+    run = await world.train(ann)
+    assert (run.state, run.metrics["again"]) == (RunState.FAILED, True)
+    assert "Another version serves meanwhile." in (run.reason or "")
+    assert await world.adapters.active(ann.id) is None
+    assert [version.state for version in await world.adapters.list(ann.id)][1:] == [VersionState.REJECTED]
+
+
+async def test_threat_06_a_damaged_version_that_a_run_should_start_from_is_quarantined(
+    world: World, ann: User, tell: Tell
+) -> None:
+    class Reading(ScriptedEngine):
+        async def train(self, request: TrainRequest) -> AsyncIterator[Progress]:
+            if request.start is not None:
+                raise AdapterError("The file does not match its checksum.")
+            async for progress in super().train(request):
+                yield progress
+
+    world.engine = Reading(score=improving)
+    await tell(40)
+    assert (await world.train(ann)).state is RunState.KEPT
+    await tell(40)
+    run = await world.train(ann)
+    assert (run.state, run.metrics["again"]) == (RunState.FAILED, True)
+    (version,) = await world.adapters.list(ann.id)
+    assert version.state is VersionState.QUARANTINED
+    assert (await world.train(ann)).state is RunState.KEPT
 
 
 async def test_progress_can_be_read_while_it_trains_and_not_after(world: World, ann: User, tell: Tell) -> None:

@@ -4,13 +4,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from histories import DAWN, TEXT, imported, own
+from histories import DAWN, TEXT, imported, learning, own
 from world import Tell, World
 
-from jobs import prior
+from jobs import plans, prior
 from jobs.people import Person
 from persona.domain import EntryId, Role, Run, RunState, User
+from persona.engine import adapter_file
 from persona.engine.protocol import ScoreRequest
 from persona.errors import ConfigurationError, RequestError
 from persona.settings import Settings
@@ -155,6 +157,35 @@ async def test_a_prior_that_is_not_there_stops_the_start(world: World, tmp_path:
     named(world, tmp_path / "nowhere")
     with pytest.raises(ConfigurationError, match="nowhere"):
         world.finetune()
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "said"),
+    [
+        ("base", {}, None),
+        ("another", {}, "another base: make one for this base"),
+        ("base", {"rank": 4}, "another form"),
+        ("base", {"alpha": 1.0}, "another form"),
+        ("base", {"layers": 0.5}, "another form"),
+    ],
+)
+def test_a_prior_that_nobody_could_start_from_stops_the_start(
+    tmp_path: Path, base: str, change: dict[str, object], said: str | None
+) -> None:
+    header = adapter_file.Header("sparse", "base", first=1, layers=9, rank=2, alpha=4.0)
+    adapter_file.write(tmp_path, header, {"qkv.A": np.zeros((9, 2, 4), np.float32)})
+    wanted = learning(prior=str(tmp_path), **{"rank": 2, "alpha": 4.0, "layers": 0.9, **change})
+    if said is None:
+        plans.check_prior(wanted, base)
+        return
+    with pytest.raises(ConfigurationError, match=said):
+        plans.check_prior(wanted, base)
+
+
+def test_a_prior_that_is_no_adapter_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "adapter.safetensors").write_bytes(b"no adapter")
+    with pytest.raises(ConfigurationError, match="cannot be used: The file is not"):
+        plans.check_prior(learning(prior=str(tmp_path)), "base")
 
 
 def test_each_history_has_an_equal_share_and_only_own_words_are_targets() -> None:

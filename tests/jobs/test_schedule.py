@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -139,6 +139,60 @@ async def test_a_version_lost_to_a_deletion_is_trained_anew(world: World, ann: U
     assert await due(world, ann)
     assert (await world.train(ann)).state is RunState.KEPT
     assert not await due(world, ann)
+
+
+async def test_a_lost_version_is_trained_anew_although_a_run_for_it_had_bad_luck(
+    world: World, ann: User, tell: Tell
+) -> None:
+    await tell(60)
+    await world.train(ann)
+    await world.history.delete(ann.id, EntryId(3))
+    run = await world.runs.request(ann.id, world.clock())
+    await world.runs.end(run.id, RunState.FAILED, "The engine stopped.", world.clock(), metrics={"again": True})
+    assert not await due(world, ann)
+    world.clock.pass_by(minutes=15)
+    assert await due(world, ann)
+
+
+async def test_threat_14_a_run_that_fails_again_and_again_is_tried_less_and_less(
+    world: World, ann: User, tell: Tell
+) -> None:
+    await tell(40)
+    pauses = []
+    for _ in range(9):
+        run = await world.runs.request(ann.id, world.clock())
+        await world.runs.end(run.id, RunState.FAILED, "The engine stopped.", world.clock(), metrics={"again": True})
+        pauses.append(0)
+        while not await due(world, ann):
+            world.clock.pass_by(minutes=15)
+            pauses[-1] += 15
+    assert pauses == [15, 30, 60, 120, 240, 480, 960, 24 * 60, 24 * 60]
+
+
+async def test_threat_25_bad_luck_is_tried_again_although_the_clock_was_set_back(
+    world: World, ann: User, tell: Tell
+) -> None:
+    await tell(40)
+    run = await world.runs.request(ann.id, world.clock())
+    await world.runs.end(run.id, RunState.FAILED, "The engine stopped.", world.clock(), metrics={"again": True})
+    world.clock.pass_by(days=-400)
+    assert await due(world, ann)
+
+
+async def test_threat_25_checks_go_on_after_the_clock_was_set_back(
+    world: World, ann: User, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply(world, check_seconds=0.1)
+    schedule = await started(world)
+    assert schedule._timer is not None
+    (job,) = schedule._timer.get_jobs()
+    job.modify(next_run_time=datetime.now(UTC) + timedelta(days=365))
+    await tell(40)
+    async with asyncio.timeout(10):
+        while (run := await world.runs.last(ann.id)) is None:  # noqa: ASYNC110 - the timer is what is tested
+            await asyncio.sleep(0.02)
+    assert (await ended(schedule, run)).state is RunState.KEPT
+    await schedule.stop()
 
 
 async def test_a_version_of_another_base_is_trained_anew(world: World, ann: User, tell: Tell) -> None:
