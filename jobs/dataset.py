@@ -20,15 +20,16 @@ from persona.engine.protocol import Example
 from persona.settings import Learning
 
 TARGET_TOKENS = 512  # of one message; of a longer one the beginning trains
-JUDGED_TOKENS = 500  # of absorbed replies that were rated or corrected: so many train again in a run
+JUDGED_TOKENS = TARGET_TOKENS  # of absorbed replies that were rated or corrected: so many train again in a run
 COPIES = 3  # of one text that train, and of one text that are held out
+LONG = 8  # tokens of a text that nobody says twice by chance: only where it was said first may it be held out
 EVENT_SHARE = 1 / 3  # of the tokens that the user wrote: so much may events add
 LOOKBACK = 64  # entries before the first held-out one that the gate may quote in a prompt
 QUOTED_ENTRIES = 16  # entries looked at for a quotation
 CONTEXT_ENTRIES = 16  # turns of a conversation looked at for context
 
 _OWN = (Origin.CHAT, Origin.IMPORT)
-_FENCE = re.compile(r"^[ ]{0,3}(```|~~~).*?(?:^[ ]{0,3}\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^[ ]{0,3}(```|~~~).*?(?:^[ ]{0,3}\1[`~]*[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
 _NICK = r"(?:\[?\d{1,2}:\d\d(?::\d\d)?\]?\s*)?<[ @+]?[\w\[\]\\`^{|}-]{1,32}>[ \t]"  # a pasted line of a chat
 _QUOTE = re.compile(rf"^[ ]{{0,3}}(?:>|{_NICK}).*$", re.MULTILINE)
 _NOTHING = EntryId(0)
@@ -96,17 +97,17 @@ def build(
         return held_out
     fresh = [entry for entry in entries if entry.id < held_out[0].entry_id]
     texts: Counter[str] = Counter()
-    new = _within(
-        _without_copies(copies.targets(fresh), texts), settings.max_run_tokens, by=lambda target: target.source
-    )
-    new_tokens = sum(target.tokens for target in new)
     needed = max(1, settings.min_aged_tokens // 2)
+    found = _without_copies(copies.targets(fresh), texts)
+    within = _within(found, settings.max_run_tokens, by=lambda target: target.source)
+    new = _within_event_share(within, needed)
+    new_tokens = sum(target.tokens for target in new)
     if new_tokens < needed:
         return Deferred(f"Only {new_tokens} new tokens to train on beside the held-out messages; {needed} are needed.")
     old: list[_Target] = []
     for some, limit in ((_judged(replay), JUDGED_TOKENS), (_scattered(replay), settings.replay_tokens)):
         old += _within(_without_copies(copies.targets(some), texts), limit, by=lambda _: "")
-    examples, passes = copies.layout(_deal(_within_event_share(new), old))
+    examples, passes = copies.layout(_deal(new, old))
     if not examples:
         return Deferred("No message fits into one run; raise learning.max_run_tokens.")
     first = next(i for i, entry in enumerate(entries) if entry.id == held_out[0].entry_id)
@@ -185,7 +186,9 @@ class _Copies:
         held: list[HeldOut] = []
         tokens = 0
         own = [entry for entry in entries if entry.role is Role.USER and entry.origin in origins]
-        for target in _without_copies(self.targets(own), Counter()):
+        first = self._first_said()
+        new = (t for t in self.targets(own) if t.tokens < LONG or first[_normal(t.text)] == t.entry.id)
+        for target in _without_copies(new, Counter()):
             held.append(self.held(target))
             tokens += target.tokens
             if len(held) >= messages and tokens >= enough:
@@ -194,6 +197,14 @@ class _Copies:
             f"Only {len(held)} new messages with {tokens} tokens; judging a version takes {messages} with {enough},"
             " and training takes more."
         )
+
+    def _first_said(self) -> dict[str, EntryId]:
+        """Where each of the user's texts came first, copies taken for one."""
+        first: dict[str, EntryId] = {}
+        for entry in self._ordered:
+            if entry.role is Role.USER:
+                first.setdefault(_normal(redact(own_words(entry.text))), entry.id)
+        return first
 
     def targets(self, entries: Sequence[Entry]) -> Iterator[_Target]:
         """What trains among `entries`, newest first (in reverse of their order)."""
@@ -303,26 +314,28 @@ def _without_copies(targets: Iterable[_Target], texts: Counter[str]) -> Iterator
 
 
 def _within(targets: Iterable[_Target], limit: int, *, by: Callable[[_Target], str]) -> list[_Target]:
-    """Of each group the first ones that fit `limit` tokens."""
+    """Of each group the first ones that fit `limit` tokens beside each other."""
     tokens: Counter[str] = Counter()
     kept: list[_Target] = []
     for target in targets:
-        tokens[by(target)] += target.tokens
-        if tokens[by(target)] <= limit:
+        if tokens[by(target)] + target.tokens <= limit:
+            tokens[by(target)] += target.tokens
             kept.append(target)
     return kept
 
 
-def _within_event_share(targets: Sequence[_Target]) -> list[_Target]:
-    """Events add at most EVENT_SHARE to what was written, unless they are all there is."""
+def _within_event_share(targets: Sequence[_Target], enough: int) -> list[_Target]:
+    """Events add at most EVENT_SHARE to what was written, unless that is not `enough` to train on without them."""
     written = sum(target.tokens for target in targets if target.entry.origin is not Origin.EVENT)
-    room = written * EVENT_SHARE if written else float("inf")
+    if written < enough:
+        return list(targets)
+    room = written * EVENT_SHARE
     kept: list[_Target] = []
     for target in targets:
         if target.entry.origin is Origin.EVENT:
-            room -= target.tokens
-            if room < 0:
+            if target.tokens > room:
                 continue
+            room -= target.tokens
         kept.append(target)
     return kept
 
@@ -367,7 +380,7 @@ def redacted(entries: Sequence[Entry]) -> tuple[Entry, ...]:
 
 
 def _redacted_lines(context: Sequence[Line]) -> list[Line]:
-    return [Line(line.author, redact(line.text)) for line in context]
+    return [Line(redact(line.author), redact(line.text)) for line in context]
 
 
 def _normal(text: str) -> str:

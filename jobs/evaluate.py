@@ -229,9 +229,17 @@ class Scorer:
             for entry in self._recent
             if watermark < entry.id < message.entry_id and entry.id not in message.conversation
         ]
-        quoted = prompt.quote_recent(lately, self._tokenizer, self._recent_tokens)
-        context = self._system(quoted.text) + frames.trim(message.context, self._context_tokens, self._tokenizer)
-        return frames.turn(context, message.text, tokenizer=self._tokenizer)
+        said = frames.trim(message.context, self._context_tokens, self._tokenizer)
+
+        def framed(recent: int) -> frames.Framed:
+            quoted = prompt.quote_recent(lately, self._tokenizer, recent).text
+            made = frames.turn(self._system(quoted) + said, message.text, tokenizer=self._tokenizer)
+            return made.clipped(targets=TARGET_TOKENS, tokens=len(made.tokens))
+
+        made = framed(self._recent_tokens)
+        if (over := len(made.tokens) - self._context) > 0:  # the same words count under every version
+            made = framed(max(0, self._recent_tokens - over - prompt.SEAM_TOKENS))
+        return made
 
     def _system(self, quoted: str) -> list[Message]:
         text = prompt.joined([self._settings.prompt.system, quoted])

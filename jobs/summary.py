@@ -118,11 +118,12 @@ def _messages(result: Result, over: str, under: str) -> np.ndarray[Any, np.dtype
 def _draws(people: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """[DRAWS]: the mean gain over people and messages drawn anew."""
     random = np.random.default_rng(SEED)
-    # Per person, DRAWS gains from messages drawn anew; the lengths cancel in the ratio of two sums.
+    # Per person, DRAWS gains from messages drawn anew; the lengths cancel in the ratio of two sums. Who is drawn twice
+    # has another draw of messages each time.
     each = np.empty((len(people), DRAWS))
     for place, nats in enumerate(people):
         picked = random.integers(0, nats.shape[1], size=(DRAWS, nats.shape[1]))
         over, under = nats[:, picked].sum(axis=2)
         each[place] = 1 - under / over
     chosen = random.integers(0, len(people), size=(DRAWS, len(people)))
-    return np.asarray(each[chosen, np.arange(DRAWS)[:, None]].mean(axis=1))
+    return np.asarray(each[chosen, random.integers(0, DRAWS, size=chosen.shape)].mean(axis=1))

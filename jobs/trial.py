@@ -238,7 +238,8 @@ class Trial:
 
     async def _next_among(self, message: HeldOut, others: Sequence[HeldOut], adapter: AdapterRef | None) -> bool:
         """Whether the likeliest per token is the true one, among those of other people with the nearest lengths."""
-        near = sorted(others, key=lambda other: (abs(other.tokens - message.tokens), other.entry_id))
+        unlike = [other for other in others if other.text != message.text]
+        near = sorted(unlike, key=lambda other: (abs(other.tokens - message.tokens), other.entry_id))
         texts = [message.text, *(other.text for other in near[: CANDIDATES - 1])]
         found = await self.scored([self.draft(message, "", text) for text in texts], adapter)
         means = [sum(values) / len(values) for values in found]

@@ -1,12 +1,14 @@
 """Commands about what a user owns: history and adapters.
 
-An import travels in batches of whole lines, each well below the service's body limit. It may be repeated: what is
-already stored counts as a duplicate.
+An import travels in batches of whole lines, each well below the service's body limit, the oldest first, as history
+stands in the order in which it comes. It may be repeated: what is already stored counts as a duplicate.
 """
 
 import json as jsonlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -18,6 +20,7 @@ from persona.cli_link import Link, seen
 from persona.cli_screen import ForUser, Json, emit, plain, progress, say, settings, table
 from persona.errors import PersonaError, RequestError, Unprocessable
 from persona.settings import Settings
+from storage import import_lines
 
 history = typer.Typer(help="History: what a user said.", no_args_is_help=True)
 adapters = typer.Typer(help="Adapters: the versions of a user's weights.", no_args_is_help=True)
@@ -37,7 +40,7 @@ def import_history(
     """Add what a user wrote elsewhere."""
     configuration = settings(context)
     lines = list(_lines(file))
-    kept = _of_author(lines, author, user, file)
+    kept = _in_order(_of_author(lines, author, user, file))
     totals = {"stored": 0, "duplicates": 0, "skipped": len(lines) - len(kept)}
     link = Link(configuration, user)
     with progress(*Progress.get_default_columns()) as bar:
@@ -55,15 +58,16 @@ def import_history(
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the file as it stands, its number from 1, and whom it names as its author."""
+    """A line of the file as it stands, its number from 1, whom it names as its author, and its time if it has one."""
 
     number: int
     content: bytes
     author: str | None
+    ts: datetime | None
 
 
 def _send(link: Link, batch: list[Line], file: Path) -> dict[str, int]:
-    """Import one batch. The service counts lines within it; the sentence says from where."""
+    """Import one batch. Raises RequestError that names the line of the file."""
     headers = {"content-type": "application/x-ndjson"}
     try:
         counts: dict[str, int] = link.ask(
@@ -72,8 +76,13 @@ def _send(link: Link, batch: list[Line], file: Path) -> dict[str, int]:
     except PersonaError as error:
         if error.code not in (Unprocessable.code, RequestError.code):
             raise
-        raise RequestError(f"{file}, counted from its line {batch[0].number}: {error.message}") from None
+        raise RequestError(f"{file}: {_numbered(error.message, batch)}") from None
     return counts
+
+
+def _numbered(message: str, batch: list[Line]) -> str:
+    """The service counts the lines that it got."""
+    return re.sub(r"\bLine (\d+)\b", lambda found: f"Line {batch[int(found[1]) - 1].number}", message, count=1)
 
 
 def _lines(file: Path) -> Iterator[Line]:
@@ -82,17 +91,32 @@ def _lines(file: Path) -> Iterator[Line]:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield Line(number, line.rstrip(b"\r\n") + b"\n", _author(line, number, file))
+                    yield Line(number, line.rstrip(b"\r\n") + b"\n", *_about(line, number, file))
     except OSError as error:
         raise RequestError(f"{file} cannot be read: {error.strerror}.") from None
 
 
-def _author(line: bytes, number: int, file: Path) -> str | None:
+def _about(line: bytes, number: int, file: Path) -> tuple[str | None, datetime | None]:
+    """Author and time. What is wrong with a time is the service's business."""
     try:
-        author = jsonlib.loads(line).get("user")
+        told = jsonlib.loads(line)
+        author, ts = told.get("user"), told.get("ts")
     except (ValueError, AttributeError, RecursionError):
         raise RequestError(f"Line {number} of {file} is not a JSON object; nothing was imported.") from None
-    return None if author is None else str(author)
+    try:
+        when = import_lines.moment(ts) if isinstance(ts, str | int | float) else None
+    except Unprocessable:
+        when = None
+    return None if author is None else str(author), when
+
+
+def _in_order(lines: list[Line]) -> list[Line]:
+    """The oldest first; lines without a time stay behind those before them."""
+    latest, keyed = datetime.min.replace(tzinfo=UTC), list[tuple[datetime, Line]]()
+    for line in lines:
+        latest = line.ts or latest
+        keyed.append((latest, line))
+    return [line for _, line in sorted(keyed, key=lambda one: one[0])]
 
 
 def _of_author(lines: list[Line], author: str | None, user: str, file: Path) -> list[Line]:

@@ -52,10 +52,10 @@ def _item(wire: WireItem) -> ImportItem:
     lines = (wire.context or [])[-MAX_CONTEXT:]
     context = tuple(Line(line.author, line.text) for line in lines)
     identity = None if wire.id is None else str(wire.id)
-    return ImportItem(wire.text, _time(wire.ts), identity, context, role)
+    return ImportItem(wire.text, moment(wire.ts), identity, context, role)
 
 
-def _time(value: str | float) -> datetime:
+def moment(value: str | float) -> datetime:
     try:
         if isinstance(value, str):
             parsed = datetime.fromisoformat(value)

@@ -353,8 +353,18 @@ def test_only_the_named_author_of_a_log_is_imported(service: Running, tmp_path: 
 def test_a_line_that_the_service_refuses_is_named(service: Running, tmp_path: Path) -> None:
     answered("users", "add", "ann")
     file = tmp_path / "history.jsonl"
-    file.write_text('{"ts": "2026-01-01T00:00:00Z", "text": "fine"}\n{"ts": "yesterday", "text": "not fine"}\n')
-    refused(run("history", "import", str(file), "--user", "ann"), "counted from its line 1: Line 2: ts")
+    lines = ['{"ts": 3, "text": "fine"}', "", '{"ts": "yesterday", "text": "not fine"}', '{"ts": 1, "text": "fine"}']
+    file.write_text("\n".join(lines))
+    refused(run("history", "import", str(file), "--user", "ann"), f"{file}: Line 3: ts")
+
+
+def test_history_is_imported_in_the_order_of_time(service: Running, tmp_path: Path) -> None:
+    answered("users", "add", "ann")
+    file = tmp_path / "newest-first.jsonl"
+    file.write_text("".join(f'{{"ts": {1200 - at}, "text": "at {1200 - at}"}}\n' for at in range(1200)))
+    assert answered("history", "import", str(file), "--user", "ann")["stored"] == 1200
+    texts = [row["text"] for row in answered("history", "list", "--user", "ann", "--limit", "1000")]
+    assert texts == [f"at {number}" for number in range(1, 1001)]
 
 
 def test_an_entry_is_deleted(service: Running) -> None:

@@ -231,6 +231,17 @@ def test_budgets_hold_for_any_texts(
     assert kept == list(range(len(old) - len(kept) + 1, len(old) + 1))
 
 
+@pytest.mark.parametrize("budget", [150, 200, 400])
+def test_a_newest_entry_that_is_too_long_is_quoted_from_its_beginning(budget: int) -> None:
+    long = entry(2, "well, " + "and so on " * 80)
+    made = prompt.quote_recent([entry(1, "short"), long], TEXT, budget)
+    assert [used.entry_id for used in made.used] == [2]
+    assert made.text.endswith(' …"')
+    assert 'user: "well, and so' in made.text
+    assert budget - 12 <= len(TEXT.encode(made.text)) <= budget
+    assert prompt.quote_recent([long], TEXT, 130).text == ""
+
+
 # Facts and states
 
 

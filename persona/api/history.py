@@ -83,13 +83,14 @@ def _counter(deps: Services) -> Callable[[str], int]:
 
 
 async def _batches(items: AsyncIterator[ImportItem]) -> AsyncIterator[list[ImportItem]]:
+    """Each in the order of time; history stands in the order in which it comes."""
     batch = Batch()
     async for item in items:
         if batch.take(item):
-            yield batch.items
+            yield sorted(batch.items, key=lambda one: one.ts)
             batch = Batch()
     if batch.items:
-        yield batch.items
+        yield sorted(batch.items, key=lambda one: one.ts)
 
 
 async def _items(request: web.Request) -> AsyncIterator[ImportItem]:

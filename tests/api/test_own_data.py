@@ -37,7 +37,7 @@ async def test_an_array_is_imported_too(live: Live) -> None:
     items = [{"ts": "2026-01-01T10:00:00", "text": "one"}, {"ts": "2026-01-01T11:00:00+02:00", "text": "two"}]
     assert await import_(live, json.dumps(items).encode(), kind="application/json") == {"stored": 2, "duplicates": 0}
     page = await live.call("GET", "/v1/me/history")
-    assert [entry["ts"] for entry in page["data"]] == ["2026-01-01T10:00:00+00:00", "2026-01-01T09:00:00+00:00"]
+    assert [entry["ts"] for entry in page["data"]] == ["2026-01-01T09:00:00+00:00", "2026-01-01T10:00:00+00:00"]
     assert {entry["origin"] for entry in page["data"]} == {"import"}
 
 

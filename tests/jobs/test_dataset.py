@@ -327,7 +327,33 @@ def test_threat_11_copies_do_not_judge_either() -> None:
     assert sum("gold" in message.text for message in data.held_out) <= dataset.COPIES
     assert len(data.held_out) == 3
     again = built([*own(20), *copies], learning(held_out_messages=5))
-    assert [message.text.startswith("buy") for message in again.held_out] == [False, False, True, True, True]
+    assert [message.text.startswith("buy") for message in again.held_out] == [False, False, False, False, True]
+    short = built([*own(20), *[entry(100 + number, "yes") for number in range(50)]], learning(held_out_messages=5))
+    assert [message.text for message in short.held_out][2:] == ["yes"] * 3
+
+
+def test_threat_11_what_was_said_before_does_not_judge_when_it_comes_again() -> None:
+    """A history that is imported once more judges by nothing that trains."""
+    again = [replace(one, id=EntryId(one.id + 1000)) for one in own(40)]
+    data = built([*own(40), *again])
+    assert not {message.text for message in data.held_out} & set(texts(data))
+    assert max(message.entry_id for message in data.held_out) <= 40
+
+
+def test_one_written_word_does_not_shut_out_what_came_as_events() -> None:
+    kind = {"origin": Origin.EVENT, "conversation": "message/phone"}
+    happened = [replace(one, **kind) for one in own(60)]
+    later = [replace(one, id=EntryId(one.id + 2000)) for one in happened[30:]]
+    data = built([*happened[:30], entry(1000, "hello"), *later])
+    assert len(data.examples) > 20
+
+
+def test_a_long_event_does_not_shut_out_the_short_ones() -> None:
+    kind = {"origin": Origin.EVENT, "conversation": "message/phone"}
+    long = entry(500, " ".join(f"word{number}" for number in range(200)), **kind)
+    short = [replace(one, id=EntryId(one.id + 100), **kind) for one in own(8, start=200)]
+    data = built([*own(40), *short, long, *own(4, start=50_000)])
+    assert any(sample.entry_id in {one.id for one in short} for sample in data.examples)
 
 
 def test_threat_11_copies_of_absorbed_text_count_too() -> None:
@@ -473,3 +499,17 @@ def test_replay_does_not_crowd_out_the_new() -> None:
 
 def test_the_same_history_gives_the_same_dataset() -> None:
     assert built(own(50), replay=own(30, start=1)) == built(own(50), replay=own(30, start=1))
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\n"])
+@pytest.mark.parametrize("closed", ["```", "`````", "``` "])
+def test_a_fenced_block_ends_where_it_ends(end: str, closed: str) -> None:
+    said = own_words(end.join(["look", "```", "code", closed, "my own words"]))
+    assert said.split() == ["look", "my", "own", "words"]
+
+
+def test_names_in_context_are_redacted() -> None:
+    heard = imported(100, "I say so", [("ann@example.org", "and what do you say")])
+    data = built([*own(40), heard, *own(4, start=200)])
+    assert "what do you say" in whole(data)
+    assert "ann@example.org" not in whole(data)

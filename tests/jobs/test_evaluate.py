@@ -188,6 +188,28 @@ async def test_a_messages_own_conversation_is_context_and_not_quoted(version: Ma
     assert 'user: "first' not in shown
 
 
+async def test_the_same_words_are_scored_on_both_sides_however_short_the_context_is(version: Make) -> None:
+    made, wanted, engine = data(60), settings(), ScriptedEngine()
+    gate = evaluate.Gate(
+        engine,
+        TEXT,
+        serving=version(1, 1),
+        held_out=made.held_out,
+        recent=made.recent,
+        rehearsal=Rehearsal(engine, TEXT, wanted, lambda: "base"),
+        settings=wanted,
+        context=600,
+    )
+    await gate.verdict(version(2, 57))
+    scored: dict[int, list[int]] = {1: [], 2: []}
+    for request in engine.scored:
+        if request.adapter and request.targets and not on_answers(request):
+            assert len(request.tokens) <= 600
+            scored[request.adapter.number].append(len(request.targets))
+    assert scored[1] == scored[2]
+    assert "lately" in TEXT.decode(engine.scored[0].tokens)
+
+
 async def test_what_the_gate_scores_is_bounded_however_much_is_held_out(version: Make) -> None:
     entries = own(2000)
     for count in (20, 100, 400):
