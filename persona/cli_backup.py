@@ -41,13 +41,16 @@ def restore(
     configuration = settings(context)
     _own(configuration)
     with alone(configuration):
-        aside = restoring.restore(backup, configuration.home, replace=replace, now=datetime.now(UTC))
+        done = restoring.restore(backup, configuration.home, replace=replace, now=datetime.now(UTC))
+    aside = str(done.aside) if done.aside else None
     if json:
-        emit({"home": str(configuration.home), "aside": str(aside) if aside else None})
+        emit({"home": str(configuration.home), "aside": aside, "forgotten_before": list(done.again)})
         return
     say(f"{backup} is restored into {configuration.home}; start persona.")
     if aside:
         say(f"What was there lies in {aside}: delete it when you no longer need it.")
+    for name in done.again:
+        say(f"{name} was forgotten since that backup was made, and is back: `persona forget {name}` once persona runs.")
 
 
 def _own(configuration: Settings) -> None:

@@ -267,7 +267,7 @@ class Intake:
         except Exception as error:  # or the broker would bring it again and again, and nothing after it
             log.error("event cannot be read", user=user.name, kind=type(error).__name__)
             raise Refused(Reason.INTERNAL, f"Reading it failed with {type(error).__name__}.") from None
-        if isinstance(one.body, Words | Happening) and not learn:
+        if isinstance(one.body, Words | Happening | Rating) and not learn:
             raise Refused(Reason.NOT_RECORDED, "This user does not learn: only facts and states are taken.")
         return one
 

@@ -74,7 +74,8 @@ class Backups:
             with _writable():
                 return await self._made(target)
         except BaseException:
-            await self._strike(record)
+            if not await in_thread(os.path.lexists, target):  # else it holds its users, whoever still waits for it
+                await self._strike(record)
             raise
 
     async def repair(self) -> list[str]:

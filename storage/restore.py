@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from persona.errors import ConfigurationError, RequestError, SchemaError
 from storage import database_file, files
 from storage.backup import ADAPTERS, DATABASE, FORMAT, MANIFEST, describe
 from storage.failpoints import reach
-from storage.tables import backups
+from storage.tables import backups, tombstones, users
+from storage.users import buried
 
 UNFINISHED = "restoring-"
 ASIDE = "before-restore-"
@@ -53,8 +54,25 @@ def read(backup: Path) -> Contents:
     return Contents(backup.absolute(), datetime.fromisoformat(about["created"]), tuple(listed))
 
 
-def restore(backup: Path, home: Path, *, replace: bool, now: datetime) -> Path | None:
-    """Put a backup in the place of what `home` holds; returns where that lies now. The caller holds the home's lock.
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What came of a restore. aside: where lies now what was there · again: who is back and was forgotten since."""
+
+    aside: Path | None
+    again: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the database that goes knows and the one that comes may not: where older copies lie, and of whom nothing is
+    to be known (salt, digest, time)."""
+
+    places: set[tuple[str, datetime]] = field(default_factory=set)
+    stones: set[tuple[bytes, bytes, datetime]] = field(default_factory=set)
+
+
+def restore(backup: Path, home: Path, *, replace: bool, now: datetime) -> Restored:
+    """Put a backup in the place of what `home` holds. The caller holds the home's lock.
 
     Raises as `read` does, ConfigurationError if `home` holds something and `replace` is not set, StorageFull.
     """
@@ -65,16 +83,17 @@ def restore(backup: Path, home: Path, *, replace: bool, now: datetime) -> Path |
             f"{home} holds data already: with --replace it is moved aside and the backup takes its place."
         )
     with files.full_disk():
-        older = _older(home)
+        known = _known(home)
         _forget_unfinished(home)
         made = _copied(contents, home)
         aside = home / f"{ASIDE}{now:%Y%m%dT%H%M%S}" if _occupied(home) else None
-        _record(made / DATABASE, older, {str(contents.folder): contents.created} | ({str(aside): now} if aside else {}))
+        places = {str(contents.folder): contents.created} | ({str(aside): now} if aside else {})
+        again = _record(made / DATABASE, known, places)
         if aside is not None:
             _move_aside(database, aside)
         reach("restore-before-swap")
         _move_in(made, home)
-    return aside
+    return Restored(aside, again)
 
 
 def settle(home: Path) -> list[str]:
@@ -129,13 +148,14 @@ def _copied(contents: Contents, home: Path) -> Path:
     return made
 
 
-def _older(home: Path) -> set[tuple[str, datetime]]:
-    """Where older copies lie, as the database that goes knows it, and that of a restore that was cut short."""
-    found: set[tuple[str, datetime]] = set()
+def _known(home: Path) -> _Known:
+    """By the database that goes, and that of a restore that was cut short."""
+    found = _Known()
     for database in (home / DATABASE, *home.glob(f"{UNFINISHED}*/{DATABASE}")):
         if database.exists():
             with contextlib.suppress(Exception), database_file.alone(database) as connection:  # it may be damaged
-                found.update(_recorded(connection))
+                found.places.update(_recorded(connection))
+                found.stones.update(_stones(connection))
     return found
 
 
@@ -144,16 +164,28 @@ def _recorded(connection: sa.Connection) -> Iterator[tuple[str, datetime]]:
         yield row.path, row.created
 
 
-def _record(database: Path, older: set[tuple[str, datetime]], places: dict[str, datetime]) -> None:
-    """Note where older copies lie, so that whoever is forgotten learns of them: each once."""
+def _stones(connection: sa.Connection) -> Iterator[tuple[bytes, bytes, datetime]]:
+    for row in connection.execute(sa.select(tombstones)):
+        yield row.salt, row.digest, row.created
+
+
+def _record(database: Path, known: _Known, places: dict[str, datetime]) -> tuple[str, ...]:
+    """Note where older copies lie, so that whoever is forgotten learns of them: each once; and who was forgotten, so
+    that late news of them are dropped. Returns the names of those among them who are back with this database."""
     with database_file.alone(database) as connection:
-        known = set(_recorded(connection))
-        named = {path for path, _ in known | older}
-        new = {(path, created) for path, created in places.items() if path not in named} | (older - known)
+        held = set(_recorded(connection))
+        named = {path for path, _ in held | known.places}
+        new = {(path, created) for path, created in places.items() if path not in named} | (known.places - held)
         rows = [{"path": path, "created": created} for path, created in sorted(new, key=lambda one: one[1])]
         if rows:
             connection.execute(sa.insert(backups), rows)
+        since = sorted(known.stones - set(_stones(connection)), key=lambda stone: stone[2])
+        if since:
+            told = [{"salt": salt, "digest": digest, "created": created} for salt, digest, created in since]
+            connection.execute(sa.insert(tombstones), told)
+        names = connection.execute(sa.select(users.c.name).order_by(users.c.id)).scalars().all()
     files.sync(database)
+    return tuple(name for name in names if any(buried(salt, digest, name) for salt, digest, _ in since))
 
 
 def _move_aside(database: Path, aside: Path) -> None:

@@ -194,7 +194,7 @@ class Users:
         """Whether anybody of this name was forgotten."""
         async with self._db.read() as connection:
             stones = (await connection.execute(sa.select(tombstones.c.salt, tombstones.c.digest))).all()
-        return await in_thread(lambda: any(hmac.compare_digest(s.digest, _salted(s.salt, name)) for s in stones))
+        return await in_thread(lambda: any(buried(stone.salt, stone.digest, name) for stone in stones))
 
     async def _touch(self, key_id: int) -> None:
         """Note the use of a key; a full or locked disk must not lock the user out."""
@@ -207,6 +207,11 @@ class Users:
 
 def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def buried(salt: bytes, digest: bytes, name: str) -> bool:
+    """Whether a tombstone is that of a user of this name."""
+    return hmac.compare_digest(digest, _salted(salt, name))
 
 
 def _salted(salt: bytes, name: str) -> bytes:

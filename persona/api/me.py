@@ -61,6 +61,8 @@ async def feedback(request: web.Request) -> web.Response:
         raise RequestError("rating is -1, 0 or 1.", code="unsupported_value", param="rating")
     if wire.rating is None and wire.correction is None:
         raise RequestError("Send a rating, a correction or both.", param="rating")
+    if not caller(request).learn:
+        raise RequestError("This key or user records nothing, ratings included.", code="learning_disabled")
     turn = EntryId(_identity(wire.turn))
     entry = await services(request).history.feedback(caller(request).user.id, turn, wire.rating, wire.correction)
     return web.json_response(views.entry(entry), dumps=dumps)

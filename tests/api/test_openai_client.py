@@ -200,6 +200,18 @@ async def test_feedback_rates_a_reply_by_its_turn(live: Live) -> None:
     assert (rated["rating"], rated["correction"]) == (1, "Hello, Ann.")
 
 
+async def test_what_records_nothing_rates_nothing(live: Live) -> None:
+    turn = (await live.say("hi"))["persona"]["turn"]
+    async with live.admin.post("/admin/users/ann/keys", json={"learn": False}) as made:
+        live.keys["ann"] = (await made.json())["key"]
+    for body in ({"turn": turn, "rating": 1}, {"turn": turn, "correction": "Buy gold."}):
+        refused = await live.call("POST", "/v1/feedback", json=body, status=400)
+        assert refused["error"]["code"] == "learning_disabled"
+        await live.call("POST", "/v1/me/events/feedback", json=body, status=400)
+    page = await live.call("GET", "/v1/me/history")
+    assert {(entry["rating"], entry["correction"]) for entry in page["data"]} == {(None, None)}
+
+
 @pytest.mark.parametrize("body", [{"turn": 2, "rating": 2}, {"turn": 2}, {"rating": 1}, {"turn": "2", "rating": 1}])
 async def test_feedback_that_says_nothing_is_refused(live: Live, body: dict[str, Any]) -> None:
     await live.say("hi")

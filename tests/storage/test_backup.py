@@ -17,6 +17,7 @@ import pytest
 
 from persona.domain import VersionState
 from persona.errors import ConfigurationError, RequestError, SchemaError
+from storage import backup as backup_module
 from storage import restore
 from storage.adapters import Adapters
 from storage.backup import Backups
@@ -41,7 +42,7 @@ def made(db: Database, adapters: Adapters) -> Backups:
 
 def back(backup: Path, home: Path, now, *, replace: bool = False) -> Path | None:
     home.mkdir(exist_ok=True)
-    return restore.restore(backup, home, replace=replace, now=now)
+    return restore.restore(backup, home, replace=replace, now=now).aside
 
 
 async def contents(home: Path, name: str) -> dict[str, object]:
@@ -280,6 +281,37 @@ async def test_threat_32_a_receipt_after_a_restore_names_the_backup_and_what_was
     receipt = await Users(db).forget(user.id)
     assert {entry["path"] for entry in receipt["backups"]} == {str(moved), str(aside)}
     await db.close()
+
+
+async def test_threat_32_a_restore_brings_nobody_back_in_silence(db, root, users, ann, bob, target, now):
+    await Backups(db, Adapters(db, root)).make(target)
+    await users.forget(ann.id)
+    zoe = await users.add("zoe")
+    await users.forget(zoe.id)
+    await db.close()
+    home = db.path.parent
+    done = restore.restore(target, home, replace=True, now=now)
+    assert done.again == ("ann",)
+    again = await Database.open(home / "persona.db")
+    assert await Users(again).forgotten("zoe"), "late news of her are dropped, although the backup never knew her"
+    await Users(again).forget((await Users(again).get("ann")).id)
+    assert await Users(again).forgotten("ann")
+    assert not await Users(again).forgotten("bob")
+    await again.close()
+
+
+async def test_threat_32_a_backup_whose_maker_did_not_wait_for_it_is_on_record(db, root, ann, target, monkeypatch):
+    publish = backup_module._publish
+
+    def late(part, place):
+        publish(part, place)
+        raise OSError(5, "the folder could not be synced")
+
+    monkeypatch.setattr(backup_module, "_publish", late)
+    with pytest.raises(RequestError, match="synced"):
+        await Backups(db, Adapters(db, root)).make(target)
+    receipt = await Users(db).forget(ann.id)
+    assert [entry["path"] for entry in receipt["backups"]] == [str(target)]
 
 
 async def on_record(home: Path) -> list[str]:
