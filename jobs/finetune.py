@@ -116,6 +116,9 @@ class Finetune:
 
     async def _cut(self, run: Run) -> Run:
         if not self._leaving:
+            for version in await self._adapters.list(run.user_id):  # one that was to serve a moment later
+                if version.run_id == run.id and version.state is VersionState.CANDIDATE:
+                    await reject(self._adapters, version)
             stopped = "The run was stopped; the serving version is unchanged."
             return await self._close(run, _Outcome(RunState.INTERRUPTED, stopped))
         log.info("← finetune until the next start", run=run.id)

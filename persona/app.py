@@ -251,6 +251,7 @@ async def _services(
     metrics.live.read = lambda: live.counts
     chat = Chat(settings, history, events, adapters, engine, tokenizer, clock, lambda: context, base)
     finetune.warm = chat.warm
+    database.on_removed(chat.removed)
     services = Services(
         settings=settings,
         database=database,

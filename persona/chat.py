@@ -30,6 +30,7 @@ from persona.domain import (
     Rendered,
     Role,
     User,
+    UserId,
     Version,
     VersionState,
 )
@@ -105,6 +106,10 @@ class Chat:
         self.disk_full = False  # the last write found no space
         self._schemas = Schemas()
         self._closing = False
+
+    async def removed(self, user_id: UserId, numbers: object) -> None:
+        """Something of a user was deleted."""
+        self._schemas.forget()
 
     @property
     def limits(self) -> Limits:

@@ -91,6 +91,10 @@ class Schemas:
         self._trials: dict[str, _Trial] = {}  # by grammar
         self._turns = Turns()
 
+    def forget(self) -> None:
+        """What was tried out: a schema may hold what its user wrote."""
+        self._known.clear()
+
     async def check(self, grammar: str, user_id: int = 0) -> None:
         """Raises RequestError for one that cannot be followed, Busy while that cannot be said.
 

@@ -70,6 +70,16 @@ async def test_a_user_may_have_two_new_schemas_tried_at_a_time(bench: Bench) -> 
     await schemas.check("a3", ANN)  # known: nothing is tried
 
 
+async def test_threat_32_what_was_tried_out_can_be_forgotten(bench: Bench) -> None:
+    schemas = Schemas()
+    for _ in range(2):
+        (task,) = await asked(schemas, ANN, "a1")
+        await bench.let()
+        await task
+        schemas.forget()
+    assert bench.begun == ["a1", "a1"]
+
+
 async def test_a_turn_goes_to_another_user_who_waits(bench: Bench) -> None:
     schemas = Schemas()
     tasks = await asked(schemas, EVE, "e1", "e2")

@@ -40,6 +40,10 @@ class Compiling:
         future = self._grammars.compile(request.sampling.grammar)
         self._coming[sequence.id] = Coming(sequence, request, future)
 
+    def forget(self) -> None:
+        """What was compiled for requests that have ended."""
+        self._grammars.forget()
+
     def pause(self) -> None:
         """With nothing else to do, wait for one for a moment."""
         some = [one.grammar for one in self._coming.values() if one.grammar is not None]

@@ -59,6 +59,10 @@ class Grammars:
         """Begin to compile. The future raises RequestError for a grammar that cannot be followed."""
         return self._thread.submit(self._compiled, text)
 
+    def forget(self) -> None:
+        """What was compiled: a schema may hold what its user wrote."""
+        self._thread.submit(self._kept.clear)
+
     def _compiled(self, text: str) -> Grammar:
         if self._tokenizer is None:
             raise RequestError("This model's tokenizer cannot be held to a schema.", param="response_format")

@@ -156,6 +156,7 @@ class EngineLoop:
                 self._tiers.drop(request.user_id)
                 self._scheduler.forget(request.user_id, self._compiling)
                 self._runner.forget()
+                self._compiling.forget()
                 self._send(protocol.Done(request.id))
             case protocol.Train():
                 self._slices.train(request.id, partial(self._train, request.request))

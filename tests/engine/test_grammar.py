@@ -298,3 +298,15 @@ def test_spaces_between_parts_have_an_end(bench: Bench) -> None:
         for token in text.encode("{" + " " * spaces + '"on"'):
             grammar.took(token)
         assert grammar.lost is not taken
+
+
+def test_threat_32_a_drop_forgets_what_was_compiled(models: Models) -> None:
+    bench = Bench(models)
+    kept = bench.loop._compiling._grammars._kept
+    job = bench.generate(some_tokens(5), count=3, grammar=FLAG)
+    bench.finish()
+    assert bench.end(job)
+    assert kept
+    bench.ask(lambda job: protocol.Drop(job, 1))
+    bench.loop._compiling._grammars._thread.submit(lambda: None).result()
+    assert not kept

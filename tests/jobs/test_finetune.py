@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from world import Tell, World, improving
 
 from jobs import plans
-from persona.domain import EntryId, Frame, Message, Role, RunState, User, Version, VersionState
+from persona.domain import EntryId, Frame, Message, Role, Run, RunState, User, Version, VersionState
 from persona.engine.protocol import AdapterRef, Example, Progress, ScoreRequest, TrainRequest, ref
 from persona.engine.scripted import ScriptedEngine
 from persona.errors import AdapterError, Busy, EngineDown, NotFound, StorageFull, TrainingFailed
@@ -478,6 +478,29 @@ async def test_a_cancellation_at_any_moment_leaves_one_whole_state(
     assert run.state.ended or run.state is RunState.QUEUED
     await world.adapters.repair()
     assert world.folders() == ([f"{ann.id}/1"] if active else [])
+
+
+async def test_a_run_that_is_cancelled_when_its_version_was_to_serve_leaves_no_candidate(
+    world: World, ann: User, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await tell(40)
+    finetune, reached = world.finetune(), asyncio.Event()
+    attempt = finetune._attempt
+
+    async def late(run: Run) -> Any:
+        outcome = await attempt(run)
+        reached.set()
+        await asyncio.sleep(60)
+        return outcome
+
+    monkeypatch.setattr(finetune, "_attempt", late)
+    task = asyncio.create_task(finetune.run(await world.runs.request(ann.id, world.clock())))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [version.state for version in await world.adapters.list(ann.id)] == [VersionState.REJECTED]
+    assert world.folders() == []
 
 
 # Apart and silent
