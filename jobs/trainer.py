@@ -77,8 +77,8 @@ def step_targets(examples: list[Example], plan: Plan) -> int:
     return min(plan.batch_tokens, max(SMALLEST, int(targets / plan.least_steps)))
 
 
-def batches(examples: list[Example], plan: Plan, targets: int) -> list[list[Pack]]:
-    """One pass in its order: optimizer steps of at most so many `targets` each, in packs."""
+def batches(examples: list[Example], targets: int) -> list[list[Example]]:
+    """One pass in its order: optimizer steps of at most so many `targets` each."""
     steps: list[list[Example]] = []
     room = 0
     for example in examples:
@@ -89,8 +89,13 @@ def batches(examples: list[Example], plan: Plan, targets: int) -> list[list[Pack
             room = targets
         steps[-1].append(example)
         room -= len(example.targets)
-    apart = ([[e for e in step if e.distil is kind] for kind in (False, True)] for step in steps)
-    return [[pack for some in kinds for pack in packs(some, plan.slice_tokens)] for kinds in apart]
+    return steps
+
+
+def packed_apart(batch: list[Example], size: int) -> list[Pack]:
+    """A batch in packs: what is distilled apart from the rest, after it."""
+    kinds = ([example for example in batch if example.distil is kind] for kind in (False, True))
+    return [pack for some in kinds for pack in packs(some, size)]
 
 
 def _even(order: list[int], apart: Callable[[int], bool]) -> list[int]:
@@ -172,7 +177,7 @@ class Trainer:
 
     def _advance(self, optimizer: "_AdamW", at: Progress) -> Generator[None, None, Progress]:
         """One optimizer step after `at`. Raises TrainingFailed if it shows that the run is lost."""
-        step, batch = at.step + 1, self._batches[at.step]
+        step, batch = at.step + 1, packed_apart(self._batches[at.step], self._plan.slice_tokens)
         weight, own, rehearsed = sum(pack.weight for pack in batch), 0.0, 0.0
         for pack in batch:
             part = yield from self._pack(pack, weight)
@@ -185,15 +190,15 @@ class Trainer:
         loss = self._course.loss if self._course.words else rehearsed  # the loss of words is told, where there are any
         return protocol.replace(at, step=step, loss=loss, tokens=seen, skipped=skipped)
 
-    def _ordered(self, examples: list[Example]) -> list[list[Pack]]:
+    def _ordered(self, examples: list[Example]) -> list[list[Example]]:
         """All passes: the examples in a new order each time, from a fixed seed."""
         random = torch.Generator().manual_seed(self._plan.seed)
-        made: list[list[Pack]] = []
+        made: list[list[Example]] = []
         budget, targets = self._plan.max_tokens or math.inf, step_targets(examples, self._plan)
         for _ in range(self._plan.passes):
             order = _even(torch.randperm(len(examples), generator=random).tolist(), lambda i: examples[i].distil)
-            for batch in batches([examples[i] for i in order], self._plan, targets):
-                if (budget := budget - sum(p.tokens for p in batch if not p.distil)) < 0:
+            for batch in batches([examples[i] for i in order], targets):
+                if (budget := budget - sum(len(e.tokens) for e in batch if not e.distil)) < 0:
                     return made
                 made.append(batch)
         return made

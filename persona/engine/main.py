@@ -35,6 +35,7 @@ from persona.engine.lora import Resident
 from persona.engine.memory import Memory, apart
 from persona.engine.pages import PagePool
 from persona.engine.protocol import AdapterRef, Health, Plan, Progress, TrainRequest
+from persona.engine.refusals import trouble
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Scheduler
 from persona.engine.score_all import Wanted
@@ -96,10 +97,13 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
             return lora.expand(adapter, base.shape, base.dtype, memory.run(pages))
 
     def train(request: TrainRequest) -> Iterator[Progress | None]:
-        start = read(request.start) if request.start is not None else None
-
         def under(plan: Plan) -> Iterator[Progress | None]:
-            return Trainer(base, options.base, protocol.replace(request, plan=plan), start).slices()
+            try:
+                start = read(request.start) if request.start is not None else None
+            except OSError as error:
+                raise trouble(error) from None
+            yield None
+            yield from Trainer(base, options.base, protocol.replace(request, plan=plan), start).slices()
 
         return slices.settled(leaner.slices(under, request.plan), settle)
 

@@ -17,7 +17,7 @@ from plain import Whole, some_tokens
 from workbench import Bench, projections
 
 from jobs.sparse import SparseAdapter
-from jobs.trainer import Pack, Trainer, batches, packs, step_targets
+from jobs.trainer import Pack, Trainer, batches, packed_apart, packs, step_targets
 from persona.engine import adapter_file, head, protocol
 from persona.engine import decoder as network
 from persona.engine.adapter_file import FILE
@@ -119,7 +119,7 @@ def plain_gradient(decoder: Decoder, adapter: SparseAdapter, examples: list[Exam
 
 def sliced_gradient(trainer: Trainer, adapter: SparseAdapter) -> tuple[float, torch.Tensor]:
     """Loss and gradient of the trainer's first batch."""
-    batch, loss = trainer._batches[0], 0.0
+    batch, loss = packed_apart(trainer._batches[0], trainer._plan.slice_tokens), 0.0
     weight = sum(pack.weight for pack in batch)
     for pack in batch:
         slices = trainer._pack(pack, weight)
@@ -370,7 +370,7 @@ def test_a_slice_is_half_a_layer_of_one_pack_some_words_of_the_head_or_a_part_of
     model = models.decoder()
     trainer = Trainer(model, models.prepared().base, made, None)
     found = list(trainer.slices())
-    layers, all_packs = 2, [pack for batch in trainer._batches for pack in batch]
+    layers, all_packs = 2, [pack for batch in trainer._batches for pack in packed_apart(batch, 64)]
     words = -(-model.shape.vocab // 100)
     targets = [sum(len(e.targets) for e in pack.examples) for pack in all_packs]
     chunks = [min(head.ROWS, count - start) for count in targets for start in range(0, count, head.ROWS)]
@@ -413,8 +413,7 @@ def test_packs_hold_at_most_a_slice_and_no_example_is_lost() -> None:
 
 def test_a_step_has_at_most_so_many_targets_and_no_example_is_lost() -> None:
     examples = [example(length, seed) for seed, length in enumerate((30, 30, 5, 64, 65, 10, 100, 1, 54))]
-    made = batches(examples, plan(), 70)
-    steps = [[e for pack in step for e in pack.examples] for step in made]
+    steps = batches(examples, 70)
     assert [e for step in steps for e in step] == [e for e in examples if e.targets]
     assert all(sum(len(e.targets) for e in step) <= 70 or len(step) == 1 for step in steps)
 
@@ -583,8 +582,9 @@ def test_every_step_has_its_share_of_both_and_tells_the_loss_of_words(models: Mo
     trainer = Trainer(
         models.decoder(), models.prepared().base, request(tmp_path, [*words, *kept], batch_tokens=144), None
     )
-    shares = [[example.distil for pack in batch for example in pack.examples] for batch in trainer._batches]
+    shares = [[example.distil for example in batch] for batch in trainer._batches]
+    assert [pack.distil for pack in packed_apart(trainer._batches[0], 500)] == [False, True]
     assert all(1 <= sum(share) <= 3 for share in shares)
     first = next(progress for progress in trainer.slices() if progress is not None)
-    batch = [example for pack in trainer._batches[0] for example in pack.examples if not example.distil]
+    batch = [example for example in trainer._batches[0] if not example.distil]
     assert abs(first.loss - loss_of(models, batch, None, tmp_path)) < 0.02  # bf16
