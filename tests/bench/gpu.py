@@ -58,16 +58,18 @@ def main() -> None:
         sys.exit("Triton's interpreter takes days for a model of this size: add --tiny.")
     torch.manual_seed(1)
     bench = Bench(TINY if options.tiny else EIGHT_B, device, quick)
+    out = options.out or (None if options.tiny else Path(__file__).parents[2] / "docs/BENCHMARKS.md")
     with path(quick):
         check(bench)
-        for name, measure in gpu_speed.measures(bench).items():
-            if options.only in name:
-                measure()
-                bench.let_go()
-    out = options.out or (None if options.tiny else Path(__file__).parents[2] / "docs/BENCHMARKS.md")
-    if out is not None:
-        with out.open("a", encoding="utf-8") as file:
-            file.write("\n" + bench.section())
+        try:
+            for name, measure in gpu_speed.measures(bench).items():
+                if options.only in name:
+                    measure()
+                    bench.let_go()
+        finally:  # what was measured before something failed
+            if out is not None:
+                with out.open("a", encoding="utf-8") as file:
+                    file.write("\n" + bench.section())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from gpu_bench import Bench, path
-from gpu_model import PAGE, adapters, cache, decoder, pages, sequences
+from gpu_model import PAGE, Size, adapters, cache, decoder, pages, sequences
 
 from persona.engine import quantize
 from persona.engine.buckets import Layout
@@ -14,7 +14,7 @@ from persona.engine.kernels import reference
 from persona.engine.kernels.choice import Kernels
 from persona.engine.kernels.reference import BLOCK, FEW, QUERIES, DecodeRows, Piece, PromptRows
 from persona.engine.runner import Runner
-from persona.engine.scheduler import Plan
+from persona.engine.scheduler import Plan, Segment
 from persona.engine.shape import TARGETS
 
 ROUNDING = 2.0**-8  # of one bf16 value
@@ -46,6 +46,7 @@ def errors(bench: Bench) -> Iterator[Error]:
     for form in ("nf4", "int4"):
         for way, found in zip(("launched", "replayed"), step_errors(bench, form), strict=True):
             yield Error(f"{form} step {way}", found, 10 * limit)
+        yield Error(f"{form} step with prompts", prompt_step_error(bench, form), 10 * limit)
 
 
 def share(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -128,9 +129,34 @@ def product_error(bench: Bench, form: str, target: str) -> float:
     return share(found, x.float() @ dense.to(x.dtype).float().t())
 
 
+def two_layers(bench: Bench) -> Size:
+    return replace(bench.size, shape=replace(bench.size.shape, layers=min(2, bench.size.shape.layers)))
+
+
+def prompt_step_error(bench: Bench, form: str) -> float:
+    """Two users' prompts beside replies, more rows together than kernels take at a time."""
+    size, replies = two_layers(bench), 3 if bench.device.type == "cpu" else FEW - 4
+    base = decoder(size, form, bench.device)
+    store, mine = cache(size, base, replies + 2, 2 * PAGE), adapters(size, base, 3)
+    filled = store.memory.bytes.clone()
+
+    def step(kernels: Kernels | None) -> torch.Tensor:
+        store.memory.bytes.copy_(filled)
+        some = sequences(replies + 2, PAGE - 1, 2 * PAGE)
+        for sequence in some[replies:]:
+            sequence.computed = 0
+        prompts = [Segment(sequence, 0, sequence.prompt) for sequence in some[replies:]]
+        with path(kernels):
+            result = Runner(base, store).run(Plan(some[:replies], prompts), {s.id: mine[s.id % 3] for s in some})
+        places = {sequence.id: place for place, sequence in enumerate(result.next)}
+        return result.logits[[places[place] for place in range(replies + 2)]]
+
+    return share(step(bench.kernels), step(None))
+
+
 def step_errors(bench: Bench, form: str) -> tuple[float, float]:
     """Three rows (a replay fills up a fourth), one without an adapter, two steps."""
-    size = replace(bench.size, shape=replace(bench.size.shape, layers=min(2, bench.size.shape.layers)))
+    size = two_layers(bench)
     base = decoder(size, form, bench.device)
     store, (one, other) = cache(size, base, 3, 2 * PAGE), adapters(size, base, 2)
     filled = store.memory.bytes.clone()
