@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from hashlib import blake2b
 from itertools import islice
 
@@ -22,7 +23,7 @@ from persona.settings import Learning
 TARGET_TOKENS = 512  # of one message; of a longer one the beginning trains
 JUDGED_TOKENS = TARGET_TOKENS  # of absorbed replies that were rated or corrected: so many train again in a run
 COPIES = 3  # of one text that train, and of one text that are held out
-LONG = 8  # tokens of a text that nobody says twice by chance: only where it was said first may it be held out
+LONG = 8  # tokens of a text that nobody says twice by chance: it is held out only where it was said first
 EVENT_SHARE = 1 / 3  # of the tokens that the user wrote: so much may events add
 LOOKBACK = 64  # entries before the first held-out one that the gate may quote in a prompt
 QUOTED_ENTRIES = 16  # entries looked at for a quotation
@@ -187,7 +188,7 @@ class _Copies:
         tokens = 0
         own = [entry for entry in entries if entry.role is Role.USER and entry.origin in origins]
         first = self._first_said()
-        new = (t for t in self.targets(own) if t.tokens < LONG or first[_normal(t.text)] == t.entry.id)
+        new = (target for target in self.targets(own) if first[_said(target)] == target.entry.id)
         for target in _without_copies(new, Counter()):
             held.append(self.held(target))
             tokens += target.tokens
@@ -198,12 +199,11 @@ class _Copies:
             " and training takes more."
         )
 
-    def _first_said(self) -> dict[str, EntryId]:
+    def _first_said(self) -> dict[tuple[str, datetime | None], EntryId]:
         """Where each of the user's texts came first, copies taken for one."""
-        first: dict[str, EntryId] = {}
-        for entry in self._ordered:
-            if entry.role is Role.USER:
-                first.setdefault(_normal(redact(own_words(entry.text))), entry.id)
+        first: dict[tuple[str, datetime | None], EntryId] = {}
+        for target in self.targets([entry for entry in self._ordered if entry.role is Role.USER]):
+            first[_said(target)] = target.entry.id  # the newest first
         return first
 
     def targets(self, entries: Sequence[Entry]) -> Iterator[_Target]:
@@ -303,6 +303,11 @@ class _Copies:
         while parent is not None and (turn := self._by_id.get(parent)) is not None:
             yield turn
             parent = turn.parent
+
+
+def _said(target: _Target) -> tuple[str, datetime | None]:
+    """What makes it a copy of another: its text, and that of a short one with its time, as it may come again."""
+    return _normal(target.text), target.entry.ts if target.tokens < LONG else None
 
 
 def _without_copies(targets: Iterable[_Target], texts: Counter[str]) -> Iterator[_Target]:

@@ -231,14 +231,15 @@ class Scorer:
         ]
         said = frames.trim(message.context, self._context_tokens, self._tokenizer)
 
-        def framed(recent: int) -> frames.Framed:
-            quoted = prompt.quote_recent(lately, self._tokenizer, recent).text
+        def framed(quoted: str) -> frames.Framed:
             made = frames.turn(self._system(quoted) + said, message.text, tokenizer=self._tokenizer)
             return made.clipped(targets=TARGET_TOKENS, tokens=len(made.tokens))
 
-        made = framed(self._recent_tokens)
-        if (over := len(made.tokens) - self._context) > 0:  # the same words count under every version
-            made = framed(max(0, self._recent_tokens - over - prompt.SEAM_TOKENS))
+        quoted = prompt.quote_recent(lately, self._tokenizer, self._recent_tokens).text
+        made = framed(quoted)
+        if quoted and (over := len(made.tokens) - self._context) > 0:  # the same words count under every version
+            room = len(self._tokenizer.encode(quoted)) - over - prompt.SEAM_TOKENS
+            made = framed(prompt.quote_recent(lately, self._tokenizer, max(0, room)).text)
         return made
 
     def _system(self, quoted: str) -> list[Message]:

@@ -88,6 +88,7 @@ class Finetune:
         self._prior = plans.prior(settings.learning)  # before a first version
         self.progress: dict[UserId, Progress] = {}
         self.warm: Callable[[User, Version], Awaitable[None]] = _nothing  # what happens before a version serves
+        self._about_to_serve: dict[UserId, Version] = {}
         self._leaving = False
 
     def leave(self) -> None:
@@ -103,6 +104,7 @@ class Finetune:
             return await self._carry_out(run)
         finally:
             self.progress.pop(run.user_id, None)
+            self._about_to_serve.pop(run.user_id, None)
 
     async def _carry_out(self, run: Run) -> Run:
         try:
@@ -116,9 +118,8 @@ class Finetune:
 
     async def _cut(self, run: Run) -> Run:
         if not self._leaving:
-            for version in await self._adapters.list(run.user_id):  # one that was to serve a moment later
-                if version.run_id == run.id and version.state is VersionState.CANDIDATE:
-                    await reject(self._adapters, version)
+            if (candidate := self._about_to_serve.pop(run.user_id, None)) is not None:
+                await reject(self._adapters, candidate)
             stopped = "The run was stopped; the serving version is unchanged."
             return await self._close(run, _Outcome(RunState.INTERRUPTED, stopped))
         log.info("← finetune until the next start", run=run.id)
@@ -286,6 +287,7 @@ class Finetune:
             await self._still_wanted(best, serving)
             if verdict.keep:
                 candidates.spare(best)
+                self._about_to_serve[run.user_id] = best
         return best, verdict
 
     async def _publish(self, run: Run, made: "_Made", *, half: bool = False) -> Version:
@@ -362,7 +364,8 @@ class Finetune:
         except PersonaError as error:
             await reject(self._adapters, candidate)
             sentence = f"The version could not be put into service: {error.message}"
-            return _Outcome(RunState.FAILED, sentence, metrics={"again": True})
+            # Whoever went back meanwhile does not want the same run once more.
+            return _Outcome(RunState.FAILED, sentence, metrics={"again": not isinstance(error, TrainingFailed)})
         try:
             await self._engine.flip(ref(candidate))
         except PersonaError as error:

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import takewhile
 
 import structlog
 from apscheduler.jobstores.memory import MemoryJobStore
@@ -29,6 +28,7 @@ log = structlog.get_logger()
 
 AGAIN = timedelta(minutes=15)  # before a run that failed for no fault of the text is tried again; then twice that
 LONGEST_PAUSE = timedelta(days=1)
+DOUBLINGS = 7  # until it is reached
 MIND_SECONDS = 60.0  # between two looks at the clock
 SLACK = timedelta(seconds=1)
 PAUSE_SECONDS = 5.0  # of the worker after the database refused it
@@ -160,12 +160,17 @@ class Schedule:
         if not self._learning.enabled or self._stopped:
             return
         try:
-            for user in await self._users.all():
+            everybody = await self._users.all()
+        except Exception as error:  # the next check comes by itself
+            log.warning("check for due users failed", error=type(error).__name__)
+            return
+        for user in everybody:
+            try:
                 if await self.due(user):
                     await self._runs.request(user.id, self._clock())
                     self.wake()
-        except Exception as error:  # the next check comes by itself
-            log.warning("check for due users failed", error=type(error).__name__)
+            except Exception as error:  # one user's trouble is nobody else's
+                log.warning("check of a user failed", user=user.name, error=type(error).__name__)
 
     async def due(self, user: User) -> bool:
         """Enough new own text; or less, a long time after the last run; or a version that cannot serve any more."""
@@ -174,21 +179,24 @@ class Schedule:
         last = await self._runs.last(user.id)
         if last is not None and not last.state.ended:
             return False
-        runs = await self._runs.list(user.id)
-        settled = next((run for run in runs if _settled(run)), None)  # after it its text was not new any more
-        tried = runs[: runs.index(settled)] if settled else runs
-        if tried and not await self._ripe(user, tried):
-            return False
+        settled = last
+        if last is not None and not _settled(last):
+            runs = await self._runs.list(user.id)
+            settled = next((run for run in runs if _settled(run)), None)  # after it its text was not new any more
+            if not await self._ripe(user, runs[: runs.index(settled)] if settled else runs):
+                return False
         return await self._enough(user, settled) or await self._lost(user, settled)
 
     async def _ripe(self, user: User, tried: Sequence[Run]) -> bool:
         """Whether to try again after runs without a verdict, newest first: after more text, or, where the last had bad
         luck, after a pause that grows from run to run. An end that lies ahead was before the clock was set back."""
-        last = tried[0]
+        last, base = tried[0], self._finetune.base_hash()
         if last.state is not RunState.DEFERRED or last.metrics.get("again"):
-            unlucky = len(list(takewhile(lambda run: run.state is not RunState.DEFERRED, tried)))
-            pause, age = AGAIN * 2 ** max(0, unlucky - 1), self._age(last.ended)
+            unlucky = sum(bool(run.metrics.get("again")) for run in tried)
+            pause, age = AGAIN * 2 ** min(max(0, unlucky - 1), DOUBLINGS), self._age(last.ended)
             return not timedelta(0) <= age < min(pause, LONGEST_PAUSE)
+        if last.metrics.get("base", base) != base:  # all of the history is new to this one
+            return True
         more = await self._history.own_tokens(user.id, EntryId(last.metrics.get("through", 0)))
         return more >= max(1, self._learning.min_aged_tokens // 2)
 
@@ -219,7 +227,7 @@ class Schedule:
         return active is not None and active.base != base and (last is None or last.metrics.get("base") != base)
 
     def _age(self, moment: datetime | None) -> timedelta:
-        """Since `moment`; negative after the clock was set back, which makes nobody due."""
+        """Since `moment`; negative after the clock was set back, which makes no text old."""
         return self._clock() - moment if moment else timedelta(0)
 
     async def _mind(self, timer: AsyncIOScheduler) -> None:

@@ -226,8 +226,9 @@ class Trial:
             others = [message for owner, message in pool if owner != place]
             if len(others) >= CANDIDATES - 1:
                 for name, adapter in (("base", None), ("adapter", stage.adapter)):
-                    hits = [await self._next_among(message, others, adapter) for message in some]
-                    result.recognised[f"next_of_{CANDIDATES}_{name}"] = sum(hits) / len(hits)
+                    tried = [await self._next_among(message, others, adapter) for message in some]
+                    if hits := [hit for hit in tried if hit is not None]:
+                        result.recognised[f"next_of_{CANDIDATES}_{name}"] = sum(hits) / len(hits)
             rivals = [other for other in last if other.own and other is not stage]
             if rivals and stage.own:
                 table = np.array(
@@ -236,9 +237,12 @@ class Trial:
                 result.recognised["author"] = float((table.argmin(0) == 0).mean())
                 result.recognised["author_together"] = float(table.sum(1).argmin() == 0)
 
-    async def _next_among(self, message: HeldOut, others: Sequence[HeldOut], adapter: AdapterRef | None) -> bool:
-        """Whether the likeliest per token is the true one, among those of other people with the nearest lengths."""
+    async def _next_among(self, message: HeldOut, others: Sequence[HeldOut], adapter: AdapterRef | None) -> bool | None:
+        """Whether the likeliest per token is the true one, among those of other people with the nearest lengths; None
+        if too few have another text."""
         unlike = [other for other in others if other.text != message.text]
+        if len(unlike) < CANDIDATES - 1:
+            return None
         near = sorted(unlike, key=lambda other: (abs(other.tokens - message.tokens), other.entry_id))
         texts = [message.text, *(other.text for other in near[: CANDIDATES - 1])]
         found = await self.scored([self.draft(message, "", text) for text in texts], adapter)

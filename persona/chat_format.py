@@ -90,10 +90,12 @@ class Schemas:
         self._known: OrderedDict[str, str] = OrderedDict()  # grammar → what is wrong with it, ""
         self._trials: dict[str, _Trial] = {}  # by grammar
         self._turns = Turns()
+        self._forgotten = 0  # times
 
     def forget(self) -> None:
         """What was tried out: a schema may hold what its user wrote."""
         self._known.clear()
+        self._forgotten += 1
 
     async def check(self, grammar: str, user_id: int = 0) -> None:
         """Raises RequestError for one that cannot be followed, Busy while that cannot be said.
@@ -132,8 +134,11 @@ class Schemas:
             await asyncio.wait([trial.task])
 
     async def _try(self, grammar: str, user_id: int) -> str:
+        before = self._forgotten
         async with self._turns.of(user_id):
             problem = await _tried(grammar)
+        if before != self._forgotten:
+            return problem
         self._known[grammar] = problem
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)

@@ -77,7 +77,7 @@ class Adapters:
     ) -> Version:
         """Turn a workspace that holds adapter.safetensors into a candidate: durable on disk, known, not yet serving.
 
-        Raises AdapterError without weights, StorageFull, NotFound if the user was forgotten, TrainingFailed if an
+        Raises AdapterError without weights, StorageFull, NotFound if the user was forgotten or if an
         entry that the version holds was deleted meanwhile. Then the workspace is gone.
         """
         try:
@@ -105,14 +105,14 @@ class Adapters:
         """Publish a candidate and let it serve, in one transaction.
 
         after: the version of the same base that has to serve until then, 0 for none. Raises NotFound if the candidate
-        may not serve, or another version serves meanwhile.
+        may not serve, TrainingFailed if another version serves meanwhile.
         """
         async with self._db.write() as connection:
             row = await lineage.row(connection, user_id, number)
             if row is None or row.state not in _MAY_SERVE:
                 raise NotFound("There is no such version.")
             if after is not None and after != await lineage.serving(connection, user_id, row.base):
-                raise NotFound("Another version serves meanwhile.")
+                raise TrainingFailed("Another version began to serve meanwhile.")
             await lineage.mark(connection, user_id, [number], VersionState.PUBLISHED)
             await lineage.serve(connection, user_id, number)
             reach("point-before-commit")
@@ -279,7 +279,7 @@ class Adapters:
                 raise NotFound("There is no such user.")
             parent = await lineage.row(connection, user_id, version.parent) if version.parent else None
             if await lineage.holds_deleted(connection, version.run_id, parent):
-                raise TrainingFailed("An entry of this run was deleted while it was training.")
+                raise NotFound("An entry of this run was deleted while it was training.")
             values = {column.name: getattr(version, column.name) for column in versions.c if column.name != "plan"}
             made = await connection.execute(sa.insert(versions).values(**values, plan=plan).returning(*versions.c))
             row = made.one()

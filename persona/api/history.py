@@ -83,7 +83,7 @@ def _counter(deps: Services) -> Callable[[str], int]:
 
 
 async def _batches(items: AsyncIterator[ImportItem]) -> AsyncIterator[list[ImportItem]]:
-    """Each in the order of time; history stands in the order in which it comes."""
+    """Each in the order of time; from one to the next history stands in the order in which it comes."""
     batch = Batch()
     async for item in items:
         if batch.take(item):
@@ -103,8 +103,10 @@ async def _items(request: web.Request) -> AsyncIterator[ImportItem]:
         return
     content = await bodies.read(request)
     if content.lstrip()[:1] == b"[":
-        for number, wire in enumerate(decode(content, list[WireItem]), 1):
-            yield import_lines.item(number, wire, place="Item")
+        wires = decode(content, list[WireItem])
+        items = [import_lines.item(number, wire, place="Item") for number, wire in enumerate(wires, 1)]
+        for one in sorted(items, key=lambda item: item.ts):
+            yield one
         return
     for number, line in enumerate(content.splitlines(), 1):
         if line.strip():

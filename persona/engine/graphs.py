@@ -1,10 +1,10 @@
 """Decode steps recorded once and replayed: a step is hundreds of launches, which cost more than few rows compute.
 
-There is one recording for each size of persona/engine/buckets.py, with and without adapters, made before anybody is
-served: that compiles the kernels, which no step shall wait for. A size that cannot be recorded is launched. A
-recording reads one static table of integers and one of adapters' addresses, which are filled before each replay, and
-leaves its logits in one static tensor. It needs kernels that take everything from memory: without them there are no
-recordings. Steps with prompts are never replayed.
+There is one recording for each size of persona/engine/buckets.py that steps may have, with and without adapters, made
+before anybody is served: that compiles the kernels, which no step shall wait for. A size that cannot be recorded is
+launched. A recording reads one static table of integers and one of adapters' addresses, which are filled before each
+replay, and leaves its logits in one static tensor. It needs kernels that take everything from memory: without them
+there are no recordings. Steps with prompts are never replayed.
 
 Not run on CUDA yet: the tests replay by computing again.
 """

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 10_000
-FIGURES = ("base", "own", "gain", "wrong", "drift", "forgetting", "bytes", "steps")
+FIGURES = ("base", "own", "gain", "wrong", "over", "drift", "forgetting", "bytes", "steps")
 Runs = dict[str, dict[tuple[str, int], dict[str, Any]]]  # by arm, then by person and seed
 Table = dict[str, dict[str, dict[str, float]]]  # by arm, then by person
 
@@ -34,7 +34,7 @@ def read(names: Sequence[Path]) -> Runs:
                 sys.exit(
                     f"{name} has {told['person']} under {told['arm']} with seed {place[1]} once more: leave one out."
                 )
-            runs[place] = told
+            runs[place] = told | ({} if told["wrong"] is None else {"over": told["wrong"] - told["own"]})
     return found
 
 
@@ -47,7 +47,7 @@ def averaged(runs: Runs) -> Table:
     for arm, some in runs.items():
         for person in dict.fromkeys(person for person, _ in common):
             mine = [some[place] for place in common if place[0] == person]
-            means = {name: [one[name] for one in mine if one[name] is not None] for name in FIGURES}
+            means = {name: [one[name] for one in mine if one.get(name) is not None] for name in FIGURES}
             table[arm][person] = {name: float(np.mean(values)) for name, values in means.items() if values}
             table[arm][person]["seeds"] = len(mine)
     return table
@@ -76,13 +76,10 @@ def line(person: str, arm: str, row: dict[str, float], control: float) -> str:
 
 def summed(arm: str, rows: dict[str, dict[str, float]], control: NDArray[np.float64]) -> dict[str, Any]:
     """What an arm comes to. control: gains of the control, in the order of `rows`."""
-    own = [row["wrong"] - row["own"] for row in rows.values() if "wrong" in row]
     told = {"arm": arm, "people": len(rows), "gain": round(float(column(rows, "gain").mean()), 4)}
     told |= share(column(rows, "gain"), control)
-    told |= {
-        "own_over_another": round(float(np.mean(own)), 4),
-        "own_better": f"{sum(x > 0 for x in own)} of {len(own)}",
-    }
+    if len(over := column(rows, "over")):
+        told |= {"own_over_another": round(float(over.mean()), 4), "own_better": f"{(over > 0).sum()} of {len(over)}"}
     for name in ("drift", "forgetting"):
         values = column(rows, name)
         told |= {name: round(float(values.mean()), 4), f"worst_{name}": round(float(values.max()), 4)}

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from itertools import pairwise
 
 import pytest
@@ -338,6 +339,16 @@ def test_threat_11_what_was_said_before_does_not_judge_when_it_comes_again() -> 
     data = built([*own(40), *again])
     assert not {message.text for message in data.held_out} & set(texts(data))
     assert max(message.entry_id for message in data.held_out) <= 40
+
+
+def test_threat_11_short_words_that_come_again_with_their_time_do_not_judge() -> None:
+    short = [entry(100 + at, f"{letter * 6}!") for at, letter in enumerate("abcdefgh")]
+    again = [replace(one, id=EntryId(one.id + 1000)) for one in short]
+    later = [replace(one, id=EntryId(one.id + 2000), ts=one.ts + timedelta(days=9)) for one in short]
+    data = built([*own(40), *short, *own(9, start=200), *again], learning(held_out_messages=5))
+    assert max(message.entry_id for message in data.held_out) < 1000
+    data = built([*own(40), *short, *own(9, start=200), *later], learning(held_out_messages=5))
+    assert min(message.entry_id for message in data.held_out) > 2000, "said once more, and not imported twice"
 
 
 def test_one_written_word_does_not_shut_out_what_came_as_events() -> None:

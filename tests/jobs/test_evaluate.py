@@ -188,12 +188,15 @@ async def test_a_messages_own_conversation_is_context_and_not_quoted(version: Ma
     assert 'user: "first' not in shown
 
 
-async def test_the_same_words_are_scored_on_both_sides_however_short_the_context_is(version: Make) -> None:
+@pytest.mark.parametrize("absorbed", [1, 50])
+async def test_the_same_words_are_scored_on_both_sides_however_short_the_context_is(
+    version: Make, absorbed: int
+) -> None:
     made, wanted, engine = data(60), settings(), ScriptedEngine()
     gate = evaluate.Gate(
         engine,
         TEXT,
-        serving=version(1, 1),
+        serving=version(1, absorbed),
         held_out=made.held_out,
         recent=made.recent,
         rehearsal=Rehearsal(engine, TEXT, wanted, lambda: "base"),

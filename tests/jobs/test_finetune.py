@@ -360,8 +360,8 @@ async def test_threat_08_a_rollback_in_the_last_moment_of_a_run_stays(
 
     monkeypatch.setattr(world.adapters, "point", late)
     run = await world.train(ann)
-    assert (run.state, run.metrics["again"]) == (RunState.FAILED, True)
-    assert "Another version serves meanwhile." in (run.reason or "")
+    assert (run.state, run.metrics["again"]) == (RunState.FAILED, False)
+    assert "Another version began to serve meanwhile." in (run.reason or "")
     assert await world.adapters.active(ann.id) is None
     assert [version.state for version in await world.adapters.list(ann.id)][1:] == [VersionState.REJECTED]
 

@@ -276,7 +276,10 @@ async def test_deleting_an_entry_while_it_trains_removes_the_state_at_once_and_f
     finetune.leave()
     engine.go.set()
     run = await task
-    assert (run.state, run.reason) == (RunState.FAILED, "An entry of this run was deleted while it was training.")
+    assert (run.state, run.reason) == (
+        RunState.FAILED,
+        "The history or the version changed while this run was training.",
+    )
     assert world.folders() == []
 
 
@@ -296,7 +299,7 @@ async def test_deleting_an_entry_that_was_just_read_leaves_no_place_for_a_state(
 
     await tell(40)
     world.engine = Slow(score=improving)
-    assert (await world.train(ann)).reason == "An entry of this run was deleted while it was training."
+    assert (await world.train(ann)).reason == "The history or the version changed while this run was training."
     assert world.folders() == []
 
 

@@ -167,6 +167,47 @@ async def test_threat_14_a_run_that_fails_again_and_again_is_tried_less_and_less
             world.clock.pass_by(minutes=15)
             pauses[-1] += 15
     assert pauses == [15, 30, 60, 120, 240, 480, 960, 24 * 60, 24 * 60]
+    for _ in range(60):  # stopped by hand: no bad luck
+        run = await world.runs.request(ann.id, world.clock())
+        await world.runs.end(run.id, RunState.INTERRUPTED, "The run was stopped.", world.clock())
+    world.clock.pass_by(minutes=15)
+    assert await due(world, ann)
+    for _ in range(60):
+        run = await world.runs.request(ann.id, world.clock())
+        await world.runs.end(run.id, RunState.DEFERRED, "No memory.", world.clock(), metrics={"again": True})
+    world.clock.pass_by(hours=23)
+    assert not await due(world, ann)
+    world.clock.pass_by(hours=1)
+    assert await due(world, ann)
+
+
+async def test_too_little_text_for_one_base_is_looked_at_again_on_another(world: World, ann: User, tell: Tell) -> None:
+    await tell(40)
+    await world.train(ann)
+    assert (await world.train(ann)).state is RunState.DEFERRED
+    assert not await due(world, ann)
+    world.base = "other-base"
+    assert await due(world, ann)
+
+
+async def test_one_users_trouble_keeps_nobody_else_waiting(
+    world: World, ann: User, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoe = await world.users.add("zoe")
+    await tell(40)
+    await tell(40, zoe)
+    schedule = world.schedule()
+    look = schedule.due
+
+    async def broken(user: User) -> bool:
+        if user.name == "ann":
+            raise OverflowError
+        return await look(user)
+
+    monkeypatch.setattr(schedule, "due", broken)
+    await schedule.check()
+    assert await world.runs.last(ann.id) is None
+    assert await world.runs.last(zoe.id) is not None
 
 
 async def test_threat_25_bad_luck_is_tried_again_although_the_clock_was_set_back(

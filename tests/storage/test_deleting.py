@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from persona.domain import Frame, VersionState
-from persona.errors import NotFound, TrainingFailed
+from persona.errors import NotFound
 from storage.runs import ExampleRow
 
 
@@ -99,7 +99,7 @@ async def test_an_entry_deleted_while_a_run_trains_on_it_stops_the_publication(
     folder = await adapters.workspace(ann.id)
     (folder / "adapter.safetensors").write_bytes(b"weights")
     await history.delete(ann.id, secret)
-    with pytest.raises(TrainingFailed):
+    with pytest.raises(NotFound):
         await adapters.publish(
             ann.id, folder, watermark=other, parent=parent, base="b", run_id=run.id, metrics={}, plan={}
         )
