@@ -7,7 +7,7 @@ prefills at most `prefill_tokens` prompt tokens beside them; what is only comput
 
 Where several users come, who has more than a like share leaves the last places and pages to others; and who has most of
 what runs has short steps (a quarter of `prefill_tokens` for their own prompts), and while a prompt of another is
-computed one of eight for theirs, and every second one for their replies. So the others begin soon.
+computed one of 32 for theirs, and every second one for their replies. So the others begin soon.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ from persona.engine.waiting import GENERATED, Shares, WaitingRoom
 
 AHEAD = 64  # tokens of a silent sequence in one step
 KEPT = 1 / 8  # of the running places and of the pages, the last ones: for users who have less than a like share
-PROMPTS_REST = 8  # of so many steps beside prompts of others a heavy user's own prompts sit out all but one
+PROMPTS_REST = 32  # of so many steps beside prompts of others a heavy user's own prompts sit out all but one
 HEAVY = 4  # sequences that a user runs, at least, who is to leave others room
 
 

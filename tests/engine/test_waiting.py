@@ -312,7 +312,7 @@ def test_prompts_of_who_has_most_of_what_runs_go_on_beside_an_endless_stream_of_
     bench.alone(some_tokens(5), None, 1, user=2)
     jobs = [bench.generate(some_tokens(60, seed=seed), count=2, user=1) for seed in range(6)]
     bench.work()
-    for number in range(600):
+    for number in range(4000):
         bench.generate(some_tokens(30, seed=100 + number), count=1, user=2 + number % 3)  # a step for each
         bench.work()
         if all(bench.end(job) for job in jobs):
