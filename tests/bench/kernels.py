@@ -211,7 +211,8 @@ def floor() -> None:
 
 def training(rounds: int = 5) -> None:
     """What a training's optimizer step costs the processor where the vocabulary is written out by compiled code, and by
-    torch, one after the other."""
+    torch, one after the other; and the share of it in which the layers are written out, which is all that several
+    trainings could share."""
     prepared = prepare.fetch(prepare.EMBEDDED, Settings().cache, "int4", lambda _, __: None)
     base = decoder.load(prepared.folder, "int4", "cpu")
     cache = KvCache(
@@ -224,15 +225,27 @@ def training(rounds: int = 5) -> None:
     found: dict[str, list[float]] = {name: [] for name in writers}
     for name in [*writers, *list(writers) * rounds]:
         base.head.writer = writers[name]
-        found[name].append(seconds_a_step(base, prepared.base))
+        seconds, steps = trained(base, prepared.base)
+        found[name].append(seconds / steps)
     warm = {name: times[1:] for name, times in found.items()}
     medians = {name: round(1000 * statistics.median(times)) for name, times in warm.items()}
     ratio = statistics.median(a / b for a, b in zip(*warm.values(), strict=True))
-    report("training", processor_ms_a_step=medians, ratio=round(ratio, 3))
+    base.head.writer, plain, spent = writers["compiled"], Int4.dense, [0.0]
+
+    def counted(projection: Int4, dtype: torch.dtype) -> torch.Tensor:
+        started = time.process_time()
+        made = plain(projection, dtype)
+        spent[0] += time.process_time() - started
+        return made
+
+    Int4.dense = counted  # type: ignore[method-assign]
+    whole, _ = trained(base, prepared.base)
+    Int4.dense = plain  # type: ignore[method-assign]
+    report("training", processor_ms_a_step=medians, ratio=round(ratio, 3), share_of_layers=round(spent[0] / whole, 3))
 
 
-def seconds_a_step(base: Decoder, name: str, steps: int = 8) -> float:
-    """Of the processor. A step has two of the user's messages and a reply of the base's that is rehearsed."""
+def trained(base: Decoder, name: str, steps: int = 8) -> tuple[float, int]:
+    """Seconds of the processor, and optimizer steps: of a message and a reply of the base's that is rehearsed each."""
     random = torch.Generator().manual_seed(1)
 
     def example(length: int, targets: int, distil: bool) -> Example:
@@ -244,7 +257,7 @@ def seconds_a_step(base: Decoder, name: str, steps: int = 8) -> float:
         run = Trainer(base, name, TrainRequest(examples, Plan(passes=1, batch_tokens=30), out), None)
         started = time.process_time()
         last = [at for at in run.slices() if at][-1]
-        return (time.process_time() - started) / last.steps
+        return time.process_time() - started, last.steps
 
 
 @torch.no_grad()
