@@ -4,7 +4,7 @@ A replay computes again from the recording's own memory, so everything is tested
 the path of the CPU: log-probabilities within 1e-3, and the same words.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -17,11 +17,13 @@ from parts import library
 from plain import some_tokens
 from workbench import PAGE, Bench
 
+from persona.engine import refusals
 from persona.engine.graphs import Work
 from persona.engine.kernels import choice
 from persona.engine.kernels.choice import Kernels
 from persona.engine.memory import apart
 from persona.engine.protocol import AdapterRef, Piece
+from persona.engine.slices import settled
 
 CLOSE = 1e-3
 
@@ -184,3 +186,38 @@ def test_where_triton_does_not_start_cuda_takes_plain_torch(monkeypatch: pytest.
     choice.kernels.cache_clear()
     assert choice.kernels("cuda") is None
     choice.kernels.cache_clear()
+
+
+@pytest.mark.parametrize(("code", "lost"), [(700, True), (900, False), (901, False), (908, False), (None, True)])
+def test_a_recording_that_fails_is_no_lost_device(code: int | None, lost: bool) -> None:
+    error = torch.AcceleratorError("CUDA error")
+    if code is not None:
+        error.error_code = code
+    assert refusals.fatal(error) is lost
+
+
+def test_a_slice_ends_when_the_device_has_done_it() -> None:
+    seen: list[str] = []
+
+    def work() -> Generator[int, None, str]:
+        try:
+            for number in range(3):
+                seen.append(f"queued {number}")
+                yield number
+        finally:
+            seen.append("closed")
+        return "done"
+
+    slices = settled(work(), lambda: seen.append("settled"))
+    assert next(slices) == 0
+    assert seen == ["queued 0", "settled"]
+    slices.close()
+    assert seen[2:] == ["closed"]
+
+    said: list[str] = []
+
+    def whole() -> Generator[int, None, None]:
+        said.append((yield from settled(work(), lambda: None)))
+
+    assert list(whole()) == [0, 1, 2]
+    assert said == ["done"]
