@@ -173,6 +173,7 @@ class _Copies:
         self._system = system
         self._ordered = sorted(entries, key=lambda entry: entry.id)
         self._longest = longest
+        self._targets: dict[EntryId, _Target | None] = {}  # each is redacted and counted once
 
     def hold_out(self, entries: Sequence[Entry]) -> list[HeldOut] | Deferred:
         """The newest of the user's own messages, ascending, as few as suffice to judge.
@@ -209,8 +210,9 @@ class _Copies:
     def targets(self, entries: Sequence[Entry]) -> Iterator[_Target]:
         """What trains among `entries`, newest first (in reverse of their order)."""
         for entry in reversed(entries):
-            target = self._target(entry)
-            if target is not None:
+            if entry.id not in self._targets:
+                self._targets[entry.id] = self._target(entry)
+            if (target := self._targets[entry.id]) is not None:
                 yield target
 
     def layout(self, targets: Sequence[_Target]) -> tuple[list[Sample], int]:

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels import native
 from persona.engine.kernels.choice import kernels
 from persona.engine.kernels.native import NativeSteps
-from persona.engine.loop import EngineLoop
+from persona.engine.loop import EngineLoop, Train
 from persona.engine.lora import Resident
 from persona.engine.memory import Memory, apart
 from persona.engine.pages import PagePool
@@ -38,7 +38,6 @@ from persona.engine.protocol import AdapterRef, Health, Plan, Progress, TrainReq
 from persona.engine.refusals import trouble
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Scheduler
-from persona.engine.score_all import Wanted
 from persona.engine.text import Text
 from persona.engine.tiers import Submit, Tiers
 from persona.engine.wires import Inbox, Loader, Outbox
@@ -85,30 +84,12 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
         base_bytes=base.nbytes(),
     )
 
-    def settle() -> None:
-        if base.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def read(ref: AdapterRef) -> Adapter:
         return adapter_file.read(Path(ref.path), ref.sha256, options.base, base.shape)
 
     def fill(adapter: Adapter, pages: list[int]) -> Resident:
         with apart(base.device):
             return lora.expand(adapter, base.shape, base.dtype, memory.run(pages))
-
-    def train(request: TrainRequest) -> Iterator[Progress | None]:
-        def under(plan: Plan) -> Iterator[Progress | None]:
-            try:
-                start = read(request.start) if request.start is not None else None
-            except OSError as error:
-                raise trouble(error) from None
-            yield None
-            yield from Trainer(base, options.base, protocol.replace(request, plan=plan), start).slices()
-
-        return slices.settled(leaner.slices(under, request.plan), settle)
-
-    def score(wanted: Wanted) -> slices.Scores:
-        return slices.settled(branches.scores(base, wanted, options.prefill_tokens), settle)
 
     tiers = Tiers(
         read,
@@ -129,8 +110,8 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
         runner=Runner(base, cache, whole),
         tiers=tiers,
         text=Text.load(folder),
-        train=train,
-        score=score,
+        train=_training(options, base, read),
+        score=lambda wanted: slices.settled(branches.scores(base, wanted, options.prefill_tokens), _settle(base)),
         about=lambda: protocol.replace(health, memory=_memory_used(base.device)),
         eos=frozenset(base.shape.eos),
         grammars=Grammars(
@@ -139,6 +120,28 @@ def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
         send=send,
         patience=options.patience_seconds,
     )
+
+
+def _training(options: Options, base: Decoder, read: Callable[[AdapterRef], Adapter]) -> Train:
+    """What trains, in slices: the first reads what it goes on from."""
+
+    def train(request: TrainRequest) -> Iterator[Progress | None]:
+        def under(plan: Plan) -> Iterator[Progress | None]:
+            try:
+                start = read(request.start) if request.start is not None else None
+            except OSError as error:
+                raise trouble(error) from None
+            yield None
+            yield from Trainer(base, options.base, protocol.replace(request, plan=plan), start).slices()
+
+        return slices.settled(leaner.slices(under, request.plan), _settle(base))
+
+    return train
+
+
+def _settle(base: Decoder) -> Callable[[], None]:
+    """Waits for all that the device was given."""
+    return torch.cuda.synchronize if base.device.type == "cuda" else lambda: None
 
 
 def _storage(options: Options, base: Decoder) -> tuple[Memory, KvCache]:

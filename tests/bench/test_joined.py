@@ -1,25 +1,14 @@
 """Results of several experiments joined: everybody once, however many seeds they were measured with."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import joined
 import pytest
 
 from jobs import summary
 from jobs.trial import Result
-
-
-@pytest.fixture(scope="module")
-def joined() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("joined", Path(__file__).with_name("joined.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
 
 
 def person(name: str, under: list[float], lengths: list[int] | None = None) -> Result:
@@ -39,7 +28,7 @@ def file(folder: Path, seed: int | None, *people: Result) -> str:
 
 
 def test_seeds_of_a_person_are_averaged_by_message_before_people_are_compared(
-    joined: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [
         file(tmp_path, None, person("ann", [10.0, 20.0]), person("bob", [20.0, 20.0])),
@@ -63,7 +52,7 @@ def test_seeds_of_a_person_are_averaged_by_message_before_people_are_compared(
     assert compared.startswith("adapter_context_over_context: 12.5% (")  # of 22.5, 5 and 10 %
 
 
-def test_what_would_count_twice_or_cannot_be_averaged_is_refused(joined: ModuleType, tmp_path: Path) -> None:
+def test_what_would_count_twice_or_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
     first, again = file(tmp_path, None, person("ann", [10.0])), file(tmp_path, 0, person("ann", [10.0]))
     with pytest.raises(SystemExit, match="has ann with seed 0, as a file before it"):
         joined.read([first, again])
@@ -79,7 +68,7 @@ def test_what_would_count_twice_or_cannot_be_averaged_is_refused(joined: ModuleT
         joined.read([first, str(gated)])
 
 
-def test_seeds_of_which_not_every_round_was_kept_are_averaged_too(joined: ModuleType) -> None:
+def test_seeds_of_which_not_every_round_was_kept_are_averaged_too() -> None:
     whole, part = person("ann", [10.0]), person("ann", [14.0])
     whole.kept, part.kept, part.own_tokens = ["whole", "half"], ["whole", "nothing"], 500
     ann = joined.averaged([whole, part])

@@ -1,22 +1,11 @@
 """Forms compared over people and seeds: everybody once, and only where all arms were measured."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def shares() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("shares", Path(__file__).with_name("shares.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+import shares
 
 
 def told(person: str, arm: str, gain: float, seed: int | None = 0, wrong: float | None = 3.5) -> dict[str, object]:
@@ -32,7 +21,7 @@ def file(folder: Path, name: str, *lines: dict[str, object]) -> Path:
 
 
 def test_seeds_count_once_a_person_and_only_where_all_arms_have_them(
-    shares: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [
         file(
@@ -61,7 +50,7 @@ def test_seeds_count_once_a_person_and_only_where_all_arms_have_them(
     assert fused["own_better"] == "2 of 2"
 
 
-def test_what_cannot_be_compared_is_refused_by_name(shares: ModuleType, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused_by_name(tmp_path: Path) -> None:
     twice = [file(tmp_path, name, told("ann", "fused", 1.0)) for name in ("one", "two")]
     with pytest.raises(SystemExit, match="ann under fused with seed 0 once more"):
         shares.read(twice)

@@ -229,9 +229,7 @@ async def test_threat_25_checks_go_on_after_the_clock_was_set_back(
     (job,) = schedule._timer.get_jobs()
     job.modify(next_run_time=datetime.now(UTC) + timedelta(days=365))
     await tell(40)
-    async with asyncio.timeout(10):
-        while (run := await world.runs.last(ann.id)) is None:  # noqa: ASYNC110 - the timer is what is tested
-            await asyncio.sleep(0.02)
+    run = await found(world, ann)
     assert (await ended(schedule, run)).state is RunState.KEPT
     await schedule.stop()
 
@@ -308,6 +306,14 @@ async def started(world: World) -> Schedule:
     return schedule
 
 
+async def found(world: World, user: User) -> Run:
+    """The user's run, once the timer has found them due."""
+    async with asyncio.timeout(10):
+        while (run := await world.runs.last(user.id)) is None:  # noqa: ASYNC110 - the timer is what is tested
+            await asyncio.sleep(0.02)
+    return run
+
+
 async def ended(schedule: Schedule, run: Run) -> Run:
     async with asyncio.timeout(10):
         return await schedule.wait(run.user_id, run.id)
@@ -317,9 +323,7 @@ async def test_a_due_user_is_found_and_trained(world: World, ann: User, tell: Te
     apply(world, check_seconds=0.05)
     schedule = await started(world)
     await tell(40)
-    async with asyncio.timeout(10):
-        while (run := await world.runs.last(ann.id)) is None:  # noqa: ASYNC110 - the timer is what is tested
-            await asyncio.sleep(0.02)
+    run = await found(world, ann)
     assert (await ended(schedule, run)).state is RunState.KEPT
     await schedule.stop()
 

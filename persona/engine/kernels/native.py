@@ -144,8 +144,7 @@ class NativeSteps:
             for target, projection in layer.projections.items():
                 assert isinstance(projection, Int4)
                 projection.writer = partial(self._written_out, getattr(known, target))
-        for words in (decoder.embed, decoder.head):
-            words.writer = partial(self._written_words, _words(words))
+        decoder.head.writer = partial(self._written_words, self._model.head)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, shape.vocab)
         self._room = torch.empty(0, shape.hidden)
