@@ -1,7 +1,8 @@
 """Requests outside the scheduler that need an adapter on the device: staging, flips and the gate's scoring.
 
-While they wait they hold neither pages nor a lease. Whenever something was loaded or given back they ask again, in
-order of arrival, before the scheduler admits anybody, and whatever is idle gives way: none of them waits for ever.
+While they wait they hold neither pages nor a lease. Before the scheduler admits anybody they ask again, in order of
+arrival, and whatever is idle gives way. But an adapter wants neighbouring pages, and in a busy engine newcomers take
+each as it comes back: who was turned away often enough keeps newcomers out until there is room. None waits for ever.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from persona.engine.protocol import AdapterRef, Reply
 from persona.engine.shelf import Absent, Lease
 from persona.engine.tiers import Tiers
 
+PATIENT = 500  # times that the first one finds no room before nobody else is let in: twice a step or so
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Errand:
@@ -29,20 +31,28 @@ class Awaiting:
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
         self._errands: list[Errand] = []
+        self._turned_away = 0  # so often in a row the first one found no room
+
+    @property
+    def starving(self) -> bool:
+        """Whether one has waited for room too long."""
+        return self._turned_away > PATIENT
 
     def add(self, errand: Errand) -> None:
         self._errands.append(errand)
 
     def served(self) -> list[tuple[Errand, Lease[Resident]]]:
         """Those whose adapter is on the device now, with a lease of it. The others have theirs loaded."""
-        served = []
+        served, turned_away = list[tuple[Errand, Lease[Resident]]](), 0
         for errand in list(self._errands):
             found = self._tiers.hold(errand.ref)
             if found is Absent.NO_ROOM:
+                turned_away = 0 if served else self._turned_away + 1
                 break
             if found is not Absent.COMING:
                 self._errands.remove(errand)
                 served.append((errand, found))
+        self._turned_away = turned_away
         return served
 
     def failed(self, ref: AdapterRef) -> list[Errand]:

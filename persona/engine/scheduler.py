@@ -6,8 +6,9 @@ one never waits for memory; what an earlier one of the same user and version lef
 prefills at most `prefill_tokens` prompt tokens beside them; what is only computed for later waits for an idle step.
 
 Where several users come, who has more than a like share leaves the last places and pages to others; and who has most of
-what runs has short steps (a quarter of `prefill_tokens` for their own prompts), and while a prompt of another is
-computed one of 32 for theirs, and every second one for their replies. So the others begin soon.
+what runs has short steps (their prompts and their replies in turn, a quarter of `prefill_tokens` for the prompts), and
+while a prompt of another is computed one of 32 for their prompts, and every second one for their replies. So the others
+begin soon.
 """
 
 from collections import Counter
@@ -16,11 +17,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
+from persona.engine.lengths import GENERATED, Lengths
 from persona.engine.pages import PagePool
 from persona.engine.prefix import Block, Owner, PrefixCache
 from persona.engine.protocol import AdapterRef
 from persona.engine.shelf import Absent, Lease, Shelf
-from persona.engine.waiting import GENERATED, Shares, WaitingRoom
+from persona.engine.waiting import Shares, WaitingRoom
 
 AHEAD = 64  # tokens of a silent sequence in one step
 KEPT = 1 / 8  # of the running places and of the pages, the last ones: for users who have less than a like share
@@ -123,10 +125,12 @@ class Scheduler:
         self.pool, self.prefix, self._adapters = pool, PrefixCache(pool), adapters
         self.prompt_tokens = self.cached_tokens = 0  # of all that were admitted with an owner
         self._max_running, self._max_waiting, self._prefill_tokens = max_running, max_waiting, prefill_tokens
-        self.shares = Shares()
-        self._waiting = WaitingRoom[Sequence](self.shares), WaitingRoom[Sequence](Shares())  # chat, background
+        self.shares, self._lengths = Shares(), Lengths()
+        chats, background = (WaitingRoom[Sequence](shares, self._lengths) for shares in (self.shares, Shares()))
+        self._waiting = chats, background
         self._running: list[Sequence] = []
         self._beside = 0  # steps in a row in which the heavy user stood beside prompts of others
+        self._replied = False  # whether the heavy user's replies had the last step in which their prompts waited, too
 
     @property
     def running(self) -> int:
@@ -173,6 +177,9 @@ class Scheduler:
         """Take a sequence out, wherever it is, free its pages and let go of its adapter."""
         if sequence in self._running:
             self._running.remove(sequence)
+            if not sequence.targets and not sequence.silent:
+                bound, reply = (most - sequence.prompt for most in (sequence.limit, len(sequence.tokens)))
+                self._lengths.ended(sequence.user_id, bound, reply)
         else:
             self._waiting[sequence.background].discard(sequence)
         if not sequence.background:
@@ -186,21 +193,22 @@ class Scheduler:
             self._adapters.release(sequence.lease)
             sequence.lease = None
 
-    def plan(self) -> Plan:
-        """Admit who fits, then choose this step's rows."""
+    def plan(self, *, admit: bool = True) -> Plan:
+        """Admit who fits, then choose this step's rows. admit: or, while anything runs, leave room for what is not a
+        sequence."""
         admitted, refused = list[Sequence](), list[Sequence]()
         self._adapters.shelf.expect(s.adapter for s in self._near() if s.adapter is not None)
-        if self._admit(admitted, refused):
+        if (admit or not self._running) and self._admit(admitted, refused):
             self._prefetch()
         heavy = self._heavy()
         decode = [s for s in self._running if not s.prefilling]
         others = any(s.prefilling and s.user_id != heavy and not s.background for s in self._running)
         self._beside = self._beside + 1 if heavy is not None and others else 0
         segments = list(self._segments(self._prefill_tokens, heavy))
-        if self._beside % PROMPTS_REST:
-            segments = [one for one in segments if one.sequence.user_id != heavy]
-        if self._beside % 2:
-            decode = [s for s in decode if s.user_id != heavy]
+        if heavy is not None:
+            prompts, replies = self._turn(heavy, decode, segments)
+            segments = [one for one in segments if prompts or one.sequence.user_id != heavy]
+            decode = [s for s in decode if replies or s.user_id != heavy]
         if not decode and not segments:
             segments = list(self._ahead())
         return Plan(decode, segments, admitted, refused)
@@ -219,6 +227,7 @@ class Scheduler:
         """The user is dropped: nothing that was or is being computed for them, or for those that come, is found by a
         later request."""
         self.prefix.forget(lambda owner: owner.user_id == user_id)
+        self._lengths.forget(user_id)
         for one in chain(self.sequences(), coming):
             if one.user_id == user_id:
                 one.owner = None
@@ -296,6 +305,16 @@ class Scheduler:
             if count >= HEAVY and 2 * count > len(self._running) and not self.shares.alone(user_id):
                 return user_id
         return None
+
+    def _turn(self, heavy: int, decode: list[Sequence], segments: list[Segment]) -> tuple[bool, bool]:
+        """Whether prompts and replies of `heavy` have a part in this step, which has room for these. Who comes waits
+        for the end of a step: so one that nobody else's prompt is in has either."""
+        if self._beside:
+            return self._beside % PROMPTS_REST == 0, self._beside % 2 == 0
+        if not any(s.user_id == heavy for s in decode) or not any(one.sequence.user_id == heavy for one in segments):
+            return True, True
+        self._replied = not self._replied
+        return not self._replied, self._replied
 
     def _prefetch(self) -> None:
         """Load the adapters of those whose turn is near, as far as there is room beside each other's."""

@@ -4,40 +4,26 @@ Virtual token counters (Sheng et al., Fairness in Serving Large Language Models,
 what the engine does for them, and who has the least is next. Who comes back after a pause starts at the least counter
 of those who are active: nobody saves up, and nobody pays for having been served while the engine was idle.
 
-What a request itself will cost counts, too, several times: of those that are about equally entitled the short ones go
-first, so that where there is not time for all, there is for more of them. That passes while it is its user's next, by
-what each active user has had more than this one: a long request is passed over by no more than so many tokens of each,
-whoever comes.
+What a request itself will cost (lengths.py) counts, too, several times: of those that are about equally entitled the
+short ones go first, so that where there is not time for all, there is for more of them. That passes while it is its
+user's next, by what each active user has had more than this one: a long request is passed over by no more than so many
+tokens of each, whoever comes.
 """
 
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-GENERATED = 2.0  # what a generated token counts, against one of a prompt
+from persona.engine.lengths import Lengths, Waiting
+
 OWN = 3.0  # times that a request's own cost counts beside its user's counter
-LONG = 128  # tokens of a reply; one that may be longer mostly ends before
 LEAST = 8  # admissions behind an estimate
 LATELY = 100_000.0  # of virtual time: who left no longer ago may come back any moment
 AWAY = 1000  # counters of users who are away that are kept at most
 
-
-class Waiting(Protocol):
-    """What stands in the room."""
-
-    user_id: int
-    prompt: int  # tokens
-    limit: int  # with the longest reply
-
-
 S = TypeVar("S", bound=Waiting)
-
-
-def cost(one: Waiting) -> float:
-    """What a request is expected to cost, as counters count."""
-    return one.prompt + GENERATED * min(one.limit - one.prompt, LONG)
 
 
 class Shares:
@@ -99,8 +85,8 @@ class Shares:
 class WaitingRoom(Generic[S]):
     """Requests in order of arrival within a user, and by their counters between users."""
 
-    def __init__(self, shares: Shares) -> None:
-        self._shares = shares
+    def __init__(self, shares: Shares, lengths: Lengths) -> None:
+        self._shares, self._lengths = shares, lengths
         self._queues: dict[int, deque[S]] = {}
         self._size = 0
         self._lag: dict[int, float] = {}  # how far behind each user was (Shares.behind) when their next one became it
@@ -136,7 +122,7 @@ class WaitingRoom(Generic[S]):
         return list(islice(self._order(), limit))
 
     def _order(self) -> Iterator[S]:
-        ticket = count()  # among equal counters, who was first in the room
+        ticket, cost = count(), self._lengths.cost  # among equal counters, who was first in the room
         heap = [
             (
                 self._shares[user] + max(0.0, OWN * cost(queue[0]) - max(0.0, self._waited(user))),

@@ -10,7 +10,7 @@ from models import Models
 from plain import some_tokens
 from workbench import ADAPTER, PAGE, Bench
 
-from persona.engine import adapter_file, lora, protocol
+from persona.engine import adapter_file, awaiting, lora, protocol
 from persona.engine.attention import KvCache
 from persona.engine.memory import Memory
 from persona.engine.protocol import AdapterRef
@@ -83,6 +83,38 @@ def test_a_staged_version_waits_for_room_and_comes_before_those_who_wait(models:
     bench.finish()
     assert bench.end(running) == "length"
     assert isinstance(bench.answers[staged][0], protocol.Done)
+
+
+def test_a_staged_version_is_not_kept_out_by_an_endless_stream_of_requests(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes the pages of one that ended, and there are never as many neighbours as an adapter wants."""
+    monkeypatch.setattr(awaiting, "PATIENT", 60)
+    bench = Bench(models, pages=2 * ADAPTER, running=64)
+    seeds = iter(range(10_000))
+    jobs: list[int] = []
+
+    def crowd() -> None:
+        while bench.health().waiting < 3:
+            seed = next(seeds)
+            jobs.append(bench.generate(some_tokens(10, seed=seed), count=20 + 7 * seed % 30, user=seed % 5))
+        bench.work()
+
+    for _ in range(30):
+        crowd()
+    staged = bench.ask(lambda job: protocol.Stage(job, made(bench, tmp_path, 9)))
+    for _ in range(25):
+        crowd()
+    assert staged not in bench.answers
+    for _ in range(75):
+        crowd()
+    assert isinstance(bench.answers[staged][0], protocol.Done)
+    ended = sum(bench.end(job) is not None for job in jobs)
+    for _ in range(60):
+        crowd()
+    assert sum(bench.end(job) is not None for job in jobs) > ended + 5, "newcomers come in again"
+    bench.finish()
+    assert all(bench.end(job) == "length" for job in jobs)
 
 
 def test_a_waiting_stage_that_is_aborted_leaves_nothing(models: Models, tmp_path: Path) -> None:

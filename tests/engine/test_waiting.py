@@ -11,7 +11,8 @@ from plain import some_tokens
 from workbench import Bench
 
 from persona.engine import protocol
-from persona.engine.waiting import GENERATED, LATELY, LONG, OWN, Pace, Shares, WaitingRoom, cost
+from persona.engine.lengths import GENERATED, KEPT, LONG, Lengths
+from persona.engine.waiting import LATELY, OWN, Pace, Shares, WaitingRoom
 
 
 @dataclass(eq=False)
@@ -27,7 +28,7 @@ class Request:
 
 def room(*requests: Request) -> tuple[WaitingRoom[Request], Shares]:
     shares = Shares()
-    made = WaitingRoom[Request](shares)
+    made = WaitingRoom[Request](shares, Lengths())
     for one in requests:
         shares.come(one.user_id)
         made.add(one)
@@ -147,6 +148,7 @@ def test_backlogged_users_are_served_alike(seed: int, longest: list[int]) -> Non
 def test_a_long_request_is_passed_over_for_so_long_and_no_longer(others: int) -> None:
     """However many come who ask for little: each new, none of them served before."""
     waiting, shares = room(long := Request(1, 4000, 64))
+    cost = Lengths().cost
     newcomers, served = iter(range(2, 10_000)), 0.0
 
     def come() -> None:
@@ -186,6 +188,48 @@ def test_the_room_counts_who_is_in_it(moves: list[tuple[int, bool]]) -> None:
             waiting.discard(Request(user))  # was never here
         assert len(waiting) == len(here) == len(waiting.order())
         assert {id(one) for one in waiting} == {id(one) for one in here}
+
+
+# --- how long replies get
+
+
+def _replied(lengths: Lengths, user: int, bound: int, tokens: int, times: int = 20) -> None:
+    for _ in range(times):
+        lengths.ended(user, bound, tokens)
+
+
+def test_each_users_replies_say_what_the_next_will_cost() -> None:
+    lengths = Lengths()
+    assert lengths.expected(1, 60) == 60
+    assert lengths.expected(1, 4000) == LONG
+    _replied(lengths, 1, 4000, 40)
+    _replied(lengths, 2, 4000, 4000)
+    _replied(lengths, 2, 16, 16)
+    assert lengths.expected(1, 4000) == pytest.approx(40, rel=0.02)
+    assert lengths.expected(2, 4000) == pytest.approx(4000, rel=0.02)
+    assert lengths.expected(2, 16) == 16
+    assert lengths.cost(Request(1, 10, 4000)) == pytest.approx(10 + GENERATED * 40, rel=0.02)
+
+
+def test_who_sends_most_does_not_say_what_others_replies_will_come_to() -> None:
+    lengths = Lengths()
+    _replied(lengths, 1, 4000, 4000, times=500)
+    _replied(lengths, 2, 4000, 0)
+    _replied(lengths, 3, 4000, 400)
+    assert lengths.expected(4, 4000) == pytest.approx((4000 + 0 + 400) / 3, rel=0.02)
+    lengths.forget(1)
+    assert lengths.expected(4, 4000) == pytest.approx(200, rel=0.05)
+    for user in (2, 3, 5):
+        lengths.forget(user)
+    assert lengths.expected(4, 4000) == LONG
+
+
+def test_lengths_of_thousands_of_users_are_forgotten() -> None:
+    lengths = Lengths()
+    for user in range(2 * KEPT):
+        lengths.ended(user, 100, 100 if user < KEPT else 20)
+    assert len(lengths._parts) == KEPT
+    assert lengths.expected(0, 100) < 30
 
 
 # --- how long it will take
@@ -320,29 +364,51 @@ def test_prompts_of_who_has_most_of_what_runs_go_on_beside_an_endless_stream_of_
     assert [bench.end(job) for job in jobs] == ["length"] * 6
 
 
+def _generated(bench: Bench, *jobs: int) -> int:
+    return sum(bench.loop._underway._jobs[job].generated for job in jobs)
+
+
 def test_who_has_most_of_what_runs_sits_out_every_second_step_of_anothers_prompt(models: Models) -> None:
     bench, jobs = _flooded(models, running=8, flood=5)
-
-    def generated(*which: int) -> int:
-        return sum(bench.loop._underway._jobs[job].generated for job in which)
-
-    light, before = bench.generate(some_tokens(20 + 32 + 32, seed=99), count=4, user=2), generated(*jobs)
+    light, before = bench.generate(some_tokens(20 + 32 + 32, seed=99), count=4, user=2), _generated(bench, *jobs)
     grown = []
-    while not generated(light):
+    while not _generated(bench, light):
         bench.work()
-        grown.append(generated(*jobs) - before)
+        grown.append(_generated(bench, *jobs) - before)
     assert grown == [0, 5, 5]
     bench.finish()
     assert all(bench.end(job) == "length" for job in jobs)
 
 
 def test_prompts_of_who_has_most_of_what_runs_come_in_short_steps(models: Models) -> None:
-    bench, _ = _flooded(models, running=8, flood=5)
-    another, steps = bench.generate(some_tokens(96, seed=99), count=1, user=1), 0
+    bench, jobs = _flooded(models, running=8, flood=5)
+    others = bench.generate(some_tokens(8, seed=98), count=100, user=2)
+    bench.work(2)
+    another, before = bench.generate(some_tokens(24, seed=99), count=1, user=1), _generated(bench, *jobs)
+    theirs, grown = _generated(bench, others), []
     while not bench.answers.get(another):
         bench.work()
-        steps += 1
-    assert steps == 12  # of 8 tokens each, a quarter of what others get
+        grown.append(_generated(bench, *jobs) - before)
+    assert grown == [5, 5, 10, 10, 15, 15]  # of 8 prompt tokens each, a quarter of what others get, or of replies
+    assert _generated(bench, others) == theirs + 6  # whose steps these are, too
+
+
+def test_a_reply_that_ends_early_makes_the_next_one_of_its_user_cheaper(models: Models) -> None:
+    bench = Bench(models, running=1)
+    lengths = bench.scheduler._lengths
+    for user, count in ((1, 2), (2, 20)):
+        for seed in range(8):
+            job = bench.generate(some_tokens(10, seed=seed), count=120, user=user)
+            waits = bench.generate(some_tokens(10, seed=seed), count=120, user=user)
+            while _generated(bench, job) < count:
+                bench.work()
+            bench.abort(waits)  # in the room: says nothing
+            bench.abort(job)  # its client left
+            bench.work()
+        assert lengths.expected(user, 120) == pytest.approx(count, abs=2)
+    bench.ask(lambda job: protocol.Drop(job, 1))
+    bench.work()
+    assert lengths.expected(1, 120) == lengths.expected(2, 120)  # all that is left
 
 
 def test_in_a_full_room_the_newest_of_whoever_has_most_leaves(models: Models) -> None:
