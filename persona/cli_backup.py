@@ -44,13 +44,22 @@ def restore(
         done = restoring.restore(backup, configuration.home, replace=replace, now=datetime.now(UTC))
     aside = str(done.aside) if done.aside else None
     if json:
-        emit({"home": str(configuration.home), "aside": aside, "forgotten_before": list(done.again)})
+        emit(
+            {
+                "home": str(configuration.home),
+                "aside": aside,
+                "forgotten_before": list(done.again),
+                "deleted_before": done.deleted,
+            }
+        )
         return
     say(f"{backup} is restored into {configuration.home}; start persona.")
     if aside:
         say(f"What was there lies in {aside}: delete it when you no longer need it.")
     for name in done.again:
         say(f"{name} was forgotten since that backup was made, and is back: `persona forget {name}` once persona runs.")
+    if done.deleted:
+        say(f"{done.deleted} entries were deleted since that backup was made, and are back: tell their users.")
 
 
 def _own(configuration: Settings) -> None:

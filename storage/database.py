@@ -310,29 +310,30 @@ class Database:
             async with self._copying:
                 await in_thread(copy, self.path, target)
 
-    async def scrub(self, *, wait: float = 10.0) -> bool:
-        """Leave no byte of deleted text in the search index or the write-ahead log. Call it after the commit.
+    async def scrub(self, *, entries: bool = True, wait: float = 10.0) -> bool:
+        """Leave no byte of deleted text in the write-ahead log and, where `entries` were deleted, in the search index,
+        which is written anew for that. Call it after the commit.
 
         False: the disk is full, or another program was still reading after `wait` seconds; the next scrub or start
         does it then.
         """
         try:
-            async with self.write() as connection:
-                await connection.exec_driver_sql("INSERT INTO entries_fts(entries_fts) VALUES ('optimize')")
+            if entries:
+                async with self.write() as connection:
+                    await connection.exec_driver_sql("INSERT INTO entries_fts(entries_fts) VALUES ('optimize')")
             with answers(self.path):
-                async with self._copying, self._alone(wait):
-                    return await self._truncate(wait)
+                return await self._truncate(wait)
         except (StorageFull, Busy):
             return False
 
     async def erase(self, delete: Callable[[Transaction], Awaitable[T]]) -> T:
-        """What `delete` gives, in a transaction of its own; of what it deleted no byte is left, to the end even if the
-        caller is cancelled meanwhile."""
+        """What `delete` gives, in a transaction of its own; of what it deleted, no entries, no byte is left, to the end
+        even if the caller is cancelled meanwhile."""
 
         async def both() -> T:
             async with self.write() as connection:
                 gone = await delete(connection)
-            await self.scrub()
+            await self.scrub(entries=False)
             return gone
 
         return await whole(both())
@@ -359,9 +360,10 @@ class Database:
             self._readable.set()
 
     async def _truncate(self, wait: float) -> bool:
+        """Empty the write-ahead log. While another program reads, ours may between two attempts."""
         deadline = asyncio.get_running_loop().time() + wait
         while True:
-            async with self._writing:
+            async with self._copying, self._alone(wait), self._writing:
                 busy = await in_thread(checkpoint, self.path)
             if not busy or asyncio.get_running_loop().time() >= deadline:
                 return not busy

@@ -181,7 +181,7 @@ class Events:
             old = await connection.execute(sa.delete(events).where(events.c.received < limit))
             gone = int(old.rowcount) + await dead.prune(connection, limit)
         if gone:
-            await self._db.scrub()
+            await self._db.scrub(entries=False)
         return gone
 
 

@@ -152,13 +152,17 @@ class History:
         Of what merely happened (events that are nobody's words) only the newest few: a chatty device must not crowd out
         what was said.
         """
-        query = _mine(user_id).where(entries.c.id > after).order_by(entries.c.id.desc())
+        most = limit + len(exclude)
+        mine = (entries.c.user_id == user_id) & (entries.c.id > after)
         if through is not None:
-            query = query.where(entries.c.id <= through)
-        said = await self._all(query.where(entries.c.role != Role.TOOL).limit(limit + len(exclude)))
-        happened = await self._all(query.where(entries.c.role == Role.TOOL).limit(_HAPPENED))
-        found = sorted([*_without(said, exclude, limit), *happened], key=lambda entry: entry.id)
-        return found[-limit:] if limit else []
+            mine &= entries.c.id <= through
+        newest = sa.select(entries.c.id).where(mine).order_by(entries.c.id.desc())
+        # Each role by its index: a question must not wait until a million events have been passed over.
+        said = [newest.where(entries.c.role == role).limit(most) for role in (Role.USER, Role.ASSISTANT)]
+        happened = newest.where(entries.c.role == Role.TOOL).limit(_HAPPENED)
+        few = sa.union_all(*(sa.select(some.subquery()) for some in (*said, happened)))
+        query = _mine(user_id).where(entries.c.id.in_(few)).order_by(entries.c.id.desc()).limit(most)
+        return _without(await self._all(query), exclude, limit)[::-1]
 
     @reading
     async def conversation(self, user_id: UserId, tail: EntryId) -> list[Entry]:
@@ -378,10 +382,11 @@ async def _remove(connection: Transaction, row: sa.Row[Any]) -> None:
     await connection.execute(sa.update(events).where(became).values(entry_id=None))
     await connection.execute(sa.delete(live_checks).where(live_checks.c.entry_id == row.id))
     await connection.execute(sa.delete(entries).where(entries.c.id == row.id))
+    turn = turns.mark(await turns.salt(connection, row.user_id), row.digest) if row.digest else None
     for digest in {row.chain, row.item} - {None}:
         mine = {"user_id": row.user_id, "digest": digest}
         if not (await connection.execute(sa.select(deletions).filter_by(**mine))).first():
-            await connection.execute(sa.insert(deletions).values(**mine))
+            await connection.execute(sa.insert(deletions).values(**mine, turn=turn))
 
 
 def _entry(row: sa.Row[Any]) -> Entry:

@@ -5,11 +5,11 @@ thoughts in <think> tags and white space at the ends belong to no turn.
 """
 
 import hashlib
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persona.domain import Message, Role
+from storage.normal import normal
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _TURNS = (Role.USER, Role.ASSISTANT)
@@ -54,7 +54,7 @@ def turns(messages: Sequence[Message]) -> list[Turn]:
 
 def digest(role: Role, text: str) -> bytes:
     """Hash of one turn alone. Line ends and the composition of accents make no difference."""
-    plain = unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
+    plain = normal("NFC", text.replace("\r\n", "\n"))
     return hashlib.sha256(f"{role}\0{plain}".encode()).digest()
 
 

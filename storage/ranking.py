@@ -1,7 +1,8 @@
 """Which of a user's entries answer a question best: BM25, counted over that user's entries alone.
 
 The index is shared, its own ranking would be too: then a user could read from an order how often others use a word.
-Of each word the newest entries count, so that the work is bounded however long the history is.
+Of each word the newest entries count, and the newest ten thousand of all say how rare a word is, so that the work is
+bounded however long the history is.
 """
 
 import heapq
@@ -18,6 +19,7 @@ from storage.database import Transaction
 from storage.tables import entries
 
 _MOST = 2000  # entries of one word
+_WINDOW = 10_000  # newest entries over which rarity and the usual length are counted
 _LAST = 2**63 - 1
 _SATURATION = 1.2  # k1 and b of Robertson and Zaragoza, «The Probabilistic Relevance Framework» (2009)
 _LENGTH = 0.75
@@ -35,8 +37,10 @@ async def best(
     """`limit` entries that hold any of the `words.phrases`, best first; among equals the newest."""
     if not phrases:
         return []
-    columns = sa.func.count().label("entries"), sa.func.avg(entries.c.tokens).label("tokens")
-    everything = (await connection.execute(sa.select(*columns).where(entries.c.user_id == user_id))).one()
+    newest = sa.select(entries.c.tokens).where(entries.c.user_id == user_id).order_by(entries.c.id.desc())
+    window = newest.limit(_WINDOW).subquery()
+    columns = sa.func.count().label("entries"), sa.func.avg(window.c.tokens).label("tokens")
+    everything = (await connection.execute(sa.select(*columns))).one()
     below = _LAST if before is None else before
     found = await connection.execute(fulltext.hits(user_id, phrases, below, _MOST))
     weights: dict[int, float] = {}  # by tokens

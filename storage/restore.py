@@ -22,7 +22,7 @@ from persona.errors import ConfigurationError, RequestError, SchemaError
 from storage import database_file, files
 from storage.backup import ADAPTERS, DATABASE, FORMAT, MANIFEST, describe
 from storage.failpoints import reach
-from storage.tables import backups, tombstones, users
+from storage.tables import backups, deletions, entries, keys, tombstones, users
 from storage.users import buried
 
 UNFINISHED = "restoring-"
@@ -56,19 +56,23 @@ def read(backup: Path) -> Contents:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What came of a restore. aside: where lies now what was there · again: who is back and was forgotten since."""
+    """What came of a restore. aside: where lies now what was there · again: who is back and was forgotten since ·
+    deleted: entries that are back and were deleted since."""
 
     aside: Path | None
     again: tuple[str, ...]
+    deleted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the database that goes knows and the one that comes may not: where older copies lie, and of whom nothing is
-    to be known (salt, digest, time)."""
+    """What the database that goes knows and the one that comes may not: where older copies lie, of whom nothing is to
+    be known (salt, digest, time), which keys were revoked, and which entries were deleted (user, digest)."""
 
     places: set[tuple[str, datetime]] = field(default_factory=set)
     stones: set[tuple[bytes, bytes, datetime]] = field(default_factory=set)
+    revoked: dict[bytes, datetime] = field(default_factory=dict)
+    deleted: set[tuple[int, bytes]] = field(default_factory=set)
 
 
 def restore(backup: Path, home: Path, *, replace: bool, now: datetime) -> Restored:
@@ -83,17 +87,20 @@ def restore(backup: Path, home: Path, *, replace: bool, now: datetime) -> Restor
             f"{home} holds data already: with --replace it is moved aside and the backup takes its place."
         )
     with files.full_disk():
-        known = _known(home)
-        _forget_unfinished(home)
+        known, unfinished = _known(home), sorted(home.glob(f"{UNFINISHED}*"))
+        for path in unfinished:
+            shutil.rmtree(path / ADAPTERS, ignore_errors=True)
         made = _copied(contents, home)
         aside = home / f"{ASIDE}{now:%Y%m%dT%H%M%S}" if _occupied(home) else None
         places = {str(contents.folder): contents.created} | ({str(aside): now} if aside else {})
-        again = _record(made / DATABASE, known, places)
+        again, deleted = _record(made / DATABASE, known, places)
+        for path in unfinished:  # only now: what they know of those who were forgotten is in the new one
+            shutil.rmtree(path, ignore_errors=True)
         if aside is not None:
             _move_aside(database, aside)
         reach("restore-before-swap")
         _move_in(made, home)
-    return Restored(aside, again)
+    return Restored(aside, again, deleted)
 
 
 def settle(home: Path) -> list[str]:
@@ -156,6 +163,8 @@ def _known(home: Path) -> _Known:
             with contextlib.suppress(Exception), database_file.alone(database) as connection:  # it may be damaged
                 found.places.update(_recorded(connection))
                 found.stones.update(_stones(connection))
+                found.revoked.update(_revoked(connection))
+                found.deleted.update(_deleted(connection))
     return found
 
 
@@ -169,9 +178,30 @@ def _stones(connection: sa.Connection) -> Iterator[tuple[bytes, bytes, datetime]
         yield row.salt, row.digest, row.created
 
 
-def _record(database: Path, known: _Known, places: dict[str, datetime]) -> tuple[str, ...]:
-    """Note where older copies lie, so that whoever is forgotten learns of them: each once; and who was forgotten, so
-    that late news of them are dropped. Returns the names of those among them who are back with this database."""
+def _revoked(connection: sa.Connection) -> Iterator[tuple[bytes, datetime]]:
+    for row in connection.execute(sa.select(keys.c.digest, keys.c.revoked).where(keys.c.revoked.is_not(None))):
+        yield row.digest, row.revoked
+
+
+def _deleted(connection: sa.Connection) -> Iterator[tuple[int, bytes]]:
+    for row in connection.execute(sa.select(deletions.c.user_id, deletions.c.digest)):
+        yield row.user_id, row.digest
+
+
+def _back(connection: sa.Connection, deleted: set[tuple[int, bytes]]) -> int:
+    """How many entries of this database another one saw deleted."""
+    count = 0
+    for user_id, digest in deleted:
+        same = (entries.c.chain == digest) | (entries.c.item == digest)
+        query = sa.select(sa.func.count()).select_from(entries).where(entries.c.user_id == user_id, same)
+        count += connection.execute(query).scalar_one()
+    return count
+
+
+def _record(database: Path, known: _Known, places: dict[str, datetime]) -> tuple[tuple[str, ...], int]:
+    """Note where older copies lie, so that whoever is forgotten learns of them: each once; who was forgotten, so that
+    late news of them are dropped; and which keys were revoked: they stay so. Returns the names of the forgotten who are
+    back with this database, and how many entries are that were deleted."""
     with database_file.alone(database) as connection:
         held = set(_recorded(connection))
         named = {path for path, _ in held | known.places}
@@ -183,9 +213,13 @@ def _record(database: Path, known: _Known, places: dict[str, datetime]) -> tuple
         if since:
             told = [{"salt": salt, "digest": digest, "created": created} for salt, digest, created in since]
             connection.execute(sa.insert(tombstones), told)
+        for digest, revoked in known.revoked.items():
+            valid = (keys.c.digest == digest) & keys.c.revoked.is_(None)
+            connection.execute(sa.update(keys).where(valid).values(revoked=revoked))
+        deleted = _back(connection, known.deleted - set(_deleted(connection)))
         names = connection.execute(sa.select(users.c.name).order_by(users.c.id)).scalars().all()
     files.sync(database)
-    return tuple(name for name in names if any(buried(salt, digest, name) for salt, digest, _ in since))
+    return tuple(name for name in names if any(buried(salt, digest, name) for salt, digest, _ in since)), deleted
 
 
 def _move_aside(database: Path, aside: Path) -> None:

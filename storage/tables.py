@@ -88,7 +88,8 @@ entries = sa.Table(
     sa.UniqueConstraint("user_id", "item", name="entries_item"),
     **NEVER_REUSED,
 )
-sa.Index("entries_of_user", entries.c.user_id, entries.c.id)
+sa.Index("entries_of_user", entries.c.user_id, entries.c.id, entries.c.tokens)
+sa.Index("entries_said", entries.c.user_id, entries.c.role, entries.c.id, entries.c.origin, entries.c.tokens)
 sa.Index("entries_chain", entries.c.user_id, entries.c.chain)
 sa.Index("entries_digest", entries.c.user_id, entries.c.digest)
 sa.Index("entries_conversation", entries.c.user_id, entries.c.conversation)
@@ -99,8 +100,10 @@ deletions = sa.Table(
     metadata,
     _user(),
     sa.Column("digest", sa.LargeBinary, nullable=False),  # chain or item of a deleted entry: it must not come back
+    sa.Column("turn", sa.LargeBinary),  # salted hash of a deleted turn alone
     sa.PrimaryKeyConstraint("user_id", "digest"),
 )
+sa.Index("deletions_turn", deletions.c.user_id, deletions.c.turn)
 
 versions = sa.Table(
     "versions",
@@ -244,6 +247,7 @@ dead_letters = sa.Table(
     **NEVER_REUSED,
 )
 sa.Index("dead_letters_of_user", dead_letters.c.user_id, dead_letters.c.id)
+sa.Index("dead_letters_lately", dead_letters.c.user_id, dead_letters.c.last, dead_letters.c.count)
 sa.Index("dead_letters_group", dead_letters.c.minute, dead_letters.c.name, dead_letters.c.reason)
 
 tombstones = sa.Table(

@@ -14,7 +14,7 @@ from persona.domain import EntryId, Role, UserId
 from persona.errors import NotFound
 from storage import identity
 from storage.database import Transaction
-from storage.identity import Turn
+from storage.identity import Turn, link
 from storage.tables import deletions, entries, users
 
 _BATCH = 500  # chains asked for in one query
@@ -69,6 +69,11 @@ async def salt(connection: Transaction, user_id: UserId) -> bytes:
     return bytes(found)
 
 
+def mark(salt: bytes, digest: bytes) -> bytes:
+    """By which a deleted turn is known wherever it stands: nobody can tell its words from it."""
+    return link(salt, digest)
+
+
 async def _look_up(connection: Transaction, user_id: UserId, chains: list[bytes]) -> _Path:
     rows: dict[bytes, sa.Row[Any]] = {}
     gone: set[bytes] = set()
@@ -94,13 +99,19 @@ async def _resume(
 async def _middle(
     connection: Transaction, user_id: UserId, turns: Sequence[Turn], conversation: str | None
 ) -> _Path | None:
-    """The longest match that begins at a stored turn equal to the first message and knows the second one too."""
-    query = sa.select(entries).where(entries.c.user_id == user_id, entries.c.digest == turns[0].digest)
+    """The longest match that begins at a turn, stored or deleted, equal to the first message and knows the second one
+    too."""
+    first = turns[0].digest
+    query = sa.select(entries.c.chain).where(entries.c.user_id == user_id, entries.c.digest == first)
     if conversation:
         query = query.where(entries.c.conversation == conversation)
+    chains = (await connection.execute(query.order_by(entries.c.id.desc()).limit(_STARTS))).scalars().all()
+    hidden = mark(await salt(connection, user_id), first)
+    query = sa.select(deletions.c.digest).where(deletions.c.user_id == user_id, deletions.c.turn == hidden)
+    gone = (await connection.execute(query.limit(_STARTS))).scalars().all()
     best = None
-    for row in (await connection.execute(query.order_by(entries.c.id.desc()).limit(_STARTS))).all():
-        path = await _look_up(connection, user_id, [row.chain, *identity.links(row.chain, turns[1:])])
+    for chain in (*chains, *gone):
+        path = await _look_up(connection, user_id, [chain, *identity.links(chain, turns[1:])])
         if path.seen > max(1, best.seen if best else 0):
             best = path
     return best

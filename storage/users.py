@@ -3,6 +3,8 @@
 Of a key only the SHA-256 is stored; the secret is shown once, when it is made.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
@@ -36,6 +38,7 @@ from storage.whole import in_thread
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TOUCH = timedelta(minutes=1)
+_PATIENCE = 1.0  # seconds that noting the use of a key may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Users:
     def __init__(self, db: Database, clock: Callable[[], datetime] = _utcnow) -> None:
         self._db = db
         self._clock = clock
+        self._touched: dict[int, datetime] = {}  # when the use of each key was last noted, or tried to be
 
     async def add(self, name: str, *, learn: bool = True) -> User:
         """A new user. Raises RequestError if the name is taken or malformed."""
@@ -197,12 +201,14 @@ class Users:
         return await in_thread(lambda: any(buried(stone.salt, stone.digest, name) for stone in stones))
 
     async def _touch(self, key_id: int) -> None:
-        """Note the use of a key; a full or locked disk must not lock the user out."""
-        try:
-            async with self._db.write() as connection:
-                await connection.execute(sa.update(keys).where(keys.c.id == key_id).values(last_used=self._clock()))
-        except (StorageFull, Busy):
+        """Note the use of a key, or try to once a minute: a full or locked disk must not keep the user waiting."""
+        now, tried = self._clock(), self._touched.get(key_id)
+        if tried is not None and timedelta(0) <= now - tried < _TOUCH:
             return
+        self._touched[key_id] = now
+        with contextlib.suppress(StorageFull, Busy, TimeoutError):
+            async with asyncio.timeout(_PATIENCE), self._db.write() as connection:
+                await connection.execute(sa.update(keys).where(keys.c.id == key_id).values(last_used=now))
 
 
 def _digest(secret: str) -> bytes:

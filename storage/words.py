@@ -6,8 +6,9 @@ a word is found inside a sentence. Whatever the text holds, the question is a va
 
 import itertools
 import re
-import unicodedata
 from collections.abc import Iterator
+
+from storage.normal import normal
 
 _SPACELESS = (
     "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff"
@@ -22,12 +23,12 @@ _LONGEST = 10_000  # characters of a text that are looked at for a question
 
 def indexed(text: str) -> str:
     """`text` with every character of a spaceless script standing alone."""
-    return _CHARACTER.sub(r" \1 ", unicodedata.normalize("NFKC", text))
+    return _CHARACTER.sub(r" \1 ", normal("NFKC", text))
 
 
 def phrases(text: str) -> list[str]:
     """The distinct words of `text`, the first 32 of them, each as a query of its own."""
-    plain = unicodedata.normalize("NFKC", text[:_LONGEST]).casefold()
+    plain = normal("NFKC", text[:_LONGEST]).casefold()
     return [f'"{word}"' for word in list(dict.fromkeys(_words(plain)))[:_MOST]]
 
 

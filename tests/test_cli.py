@@ -511,7 +511,12 @@ def test_a_backup_is_restored_into_an_empty_home_and_replaces_another_when_told_
     answered("backup", str(target))
     monkeypatch.setenv("PERSONA_HOME", str(tmp_path / "fresh"))
     refused(run("restore", str(tmp_path)), "is no backup")
-    assert answered("restore", str(target)) == {"home": str(tmp_path / "fresh"), "aside": None, "forgotten_before": []}
+    assert answered("restore", str(target)) == {
+        "home": str(tmp_path / "fresh"),
+        "aside": None,
+        "forgotten_before": [],
+        "deleted_before": 0,
+    }
     refused(run("restore", str(target)), "--replace")
     result = run("restore", str(target), "--replace")
     assert "moved aside" not in result.stdout

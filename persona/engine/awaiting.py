@@ -15,6 +15,7 @@ from persona.engine.tiers import Tiers
 
 PATIENT = 500  # times that the first one finds no room before nobody else is let in: twice a step or so
 
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Errand:
     """What the request `job` waits for. then: takes the lease over · aborted: what to say if it is aborted."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from persona.domain import VersionState
-from persona.errors import ConfigurationError, RequestError, SchemaError
+from persona.errors import ConfigurationError, RequestError, SchemaError, StorageFull
 from storage import backup as backup_module
 from storage import restore
 from storage.adapters import Adapters
@@ -298,6 +298,55 @@ async def test_threat_32_a_restore_brings_nobody_back_in_silence(db, root, users
     assert await Users(again).forgotten("ann")
     assert not await Users(again).forgotten("bob")
     await again.close()
+
+
+async def test_threat_35_a_restore_makes_no_revoked_key_valid_again(db, root, users, ann, bob, target, now):
+    lost, secret = await users.add_key(ann.id)
+    _, kept = await users.add_key(bob.id)
+    await Backups(db, Adapters(db, root)).make(target)
+    await users.revoke(ann.id, lost)
+    await db.close()
+    restore.restore(target, db.path.parent, replace=True, now=now)
+    again = await Database.open(db.path)
+    assert await Users(again).authenticate(secret) is None
+    assert (await Users(again).authenticate(kept)).user.id == bob.id
+    await again.close()
+
+
+async def test_a_restore_says_how_many_deleted_entries_are_back(db, root, history, ann, target, place, now):
+    first = await place("one", "two", "three")
+    await history.import_(ann.id, [ImportItem("four", now)], count=len, now=now)
+    await history.delete(ann.id, first.known[0])  # the backup does not know it either
+    await Backups(db, Adapters(db, root)).make(target)
+    for entry in (await history.page(ann.id))[-2:]:
+        await history.delete(ann.id, entry.id)
+    await db.close()
+    assert restore.restore(target, db.path.parent, replace=True, now=now).deleted == 2
+
+
+async def test_threat_32_who_was_forgotten_is_known_after_a_restore_that_failed(db, root, users, ann, target, now):
+    """Only the folder of a first restore, cut short, knew it any more."""
+    await Backups(db, Adapters(db, root)).make(target)
+    await users.forget(ann.id)
+    await db.close()
+    home = db.path.parent
+    cut = home / f"{restore.UNFINISHED}first"
+    cut.mkdir()
+    db.path.rename(cut / "persona.db")
+    (target / "persona.db").chmod(0o600)
+    sound = (target / "persona.db").read_bytes()
+    (home / "adapters").mkdir(exist_ok=True)
+
+    def full(contents, home):
+        raise OSError(28, "no space")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restore, "_copied", full)
+        with pytest.raises(StorageFull):
+            restore.restore(target, home, replace=True, now=now)
+    assert (target / "persona.db").read_bytes() == sound
+    assert restore.restore(target, home, replace=True, now=now).again == ("ann",)
+    assert not list(home.glob(f"{restore.UNFINISHED}*"))
 
 
 async def test_threat_32_a_backup_whose_maker_did_not_wait_for_it_is_on_record(db, root, ann, target, monkeypatch):

@@ -20,7 +20,7 @@ async def test_threat_34_before_an_upgrade_the_file_is_copied_and_the_copy_goes_
     again = await Database.open(db.path)
     (copy,) = database.upgrade_copies(db.path)
     assert b"xylophonquartz" in copy.read_bytes()
-    assert copy.name == "persona-before-0099-was-0003.db"
+    assert copy.name == "persona-before-0099-was-0004.db"
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     receipt = await Users(again).forget(ann.id)
     assert receipt["upgrade_copies"] == 1

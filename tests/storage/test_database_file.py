@@ -420,7 +420,7 @@ async def test_a_place_where_no_database_can_be_is_refused_in_clear_words(tmp_pa
 async def test_examining_a_file_changes_nothing(db, ann):
     await db.close()
     before = db.path.read_bytes()
-    assert database.examine(db.path) == ("0003", "0003")
+    assert database.examine(db.path) == ("0004", "0004")
     assert db.path.read_bytes() == before
 
 
@@ -519,8 +519,9 @@ async def test_threat_24_a_database_of_the_first_schema_is_upgraded_with_everyth
     assert all(kept.values())
     db = await Database.open(path)
     connection = plain(path)
+    kept["deletions"] = [(*row, None) for row in kept["deletions"]]  # what they said was not kept then
     assert contents(connection) == kept
-    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0003",)]
+    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0004",)]
     connection.close()
     await db.check()
     ann = (await Users(db).authenticate("pk-old")).user
@@ -540,7 +541,7 @@ async def test_an_upgrade_keeps_a_copy_of_the_first_schema_that_opens_again(tmp_
     kept = of_the_first_schema(path)
     await (await Database.open(path)).close()
     (copy,) = database.upgrade_copies(path)
-    assert copy.name == "persona-before-0003-was-0001.db"
+    assert copy.name == "persona-before-0004-was-0001.db"
     connection = plain(copy)
     assert contents(connection) == kept
     assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
@@ -570,6 +571,35 @@ async def test_scrub_says_when_another_program_keeps_the_log(db, place):
     assert await db.scrub(wait=5.0)
     wal = db.path.with_name("persona.db-wal")
     assert not wal.exists() or wal.stat().st_size == 0
+
+
+async def test_while_another_program_reads_a_scrub_lets_our_readers_in(db, place, users):
+    await place("hello")
+    reader = plain(db.path)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM users").fetchall()
+    await place("more")
+    scrubbing = asyncio.create_task(db.scrub(wait=30.0))
+    for _ in range(5):
+        await asyncio.sleep(0.06)
+        async with asyncio.timeout(5):
+            assert len(await users.all()) == 1
+    assert not scrubbing.done()
+    reader.close()
+    assert await scrubbing
+
+
+async def test_what_is_no_entry_is_deleted_without_writing_the_search_index_anew(db, place, events, ann):
+    await place("hello", "you", "again")
+    async with db.read() as connection:
+        before = await one(connection, "SELECT group_concat(hex(block)) FROM entries_fts_data")
+    await events.drop_fact(ann.id, "fact", "town")
+    await events.drop_letters([1])
+    async with db.read() as connection:
+        assert await one(connection, "SELECT group_concat(hex(block)) FROM entries_fts_data") == before
+    await db.scrub()
+    async with db.read() as connection:
+        assert await one(connection, "SELECT group_concat(hex(block)) FROM entries_fts_data") != before
 
 
 async def test_threat_32_words_that_no_scrub_took_out_of_the_index_leave_it_at_the_next_start(db, place):

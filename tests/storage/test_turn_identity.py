@@ -155,6 +155,32 @@ async def test_a_client_that_drops_the_beginning_still_meets_its_turns(place, an
     assert [entry.text for entry in await history.conversation(ann.id, placed.tail)] == [*before, "five"]
 
 
+@pytest.mark.parametrize("reply", [False, True])
+async def test_a_client_that_drops_the_beginning_does_not_bring_a_deleted_turn_back(place, answer, history, ann, reply):
+    """The window begins with the deleted question, or the deleted reply is its second message."""
+    await answer(await place("one"), "two")
+    asked = await place("one", "two", "secret")
+    replied = await answer(asked, "four")
+    await history.delete(ann.id, asked.tail)
+    if reply:
+        await history.delete(ann.id, replied)
+    before = await texts(history, ann)
+    placed = await place("secret", "four", "five")
+    assert await texts(history, ann) == [*before, "five"]
+    assert placed.known[-1] == placed.user_entry
+    again = await place("one", "two", "secret", "four", "five")
+    assert again.user_entry is None or await texts(history, ann) == [*before, "five", "five"]
+    assert "secret" not in await texts(history, ann)
+
+
+async def test_words_of_a_deleted_turn_may_be_said_again_elsewhere(place, answer, history, ann):
+    asked = await place("one")
+    await answer(asked, "two")
+    await history.delete(ann.id, asked.tail)
+    await place("hello", "hi", "one")
+    assert (await texts(history, ann))[-1] == "one"
+
+
 async def test_an_equal_sentence_in_another_conversation_is_no_middle(place, answer, history, ann):
     await answer(await place("one"), "two")
     await answer(await place("one", "two", "thanks"), "welcome")

@@ -1,7 +1,10 @@
 """Users, their keys, and what is kept of both."""
 
+import asyncio
+import contextlib
 import hmac
 import re
+import sqlite3
 from datetime import timedelta
 
 import pytest
@@ -122,6 +125,16 @@ async def test_threat_35_the_last_use_is_shown_and_written_at_most_once_a_minute
         time[0] = now + timedelta(seconds=seconds)
         await users.authenticate(secret)
         assert (await users.keys(ann.id))[0].last_used == now + timedelta(seconds=expected)
+
+
+async def test_a_lock_that_another_program_holds_keeps_nobody_with_a_key_waiting(db, users, ann):
+    """Noting the use of the key is tried for a second, once a minute."""
+    _, secret = await users.add_key(ann.id)
+    with contextlib.closing(sqlite3.connect(db.path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        async with asyncio.timeout(20):  # 30 s a request before
+            for _ in range(20):
+                assert (await users.authenticate(secret)).user.id == ann.id
 
 
 async def test_a_key_for_nobody_is_refused(users):
