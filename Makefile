@@ -60,7 +60,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "persona needs Python 3.11 or newer, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1): name another with make PYTHON=/path/to/python." >&2; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -m pip -V >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV) >/dev/null || \
-		{ echo "$(PYTHON) cannot make a virtual environment: install its venv package (Debian: python3-venv) and try again." >&2; exit 1; }
+		{ echo "$(PYTHON) cannot make a virtual environment: install its venv package (Debian: python3-venv, or python3.11-venv for that one) and try again." >&2; exit 1; }
 	@echo "Installing persona and its dependencies into $(VENV): minutes the first time, seconds later."
 	@$(BIN)/python -m pip install --disable-pip-version-check --retries 2 -c constraints.txt -e '.[demo,dev]' '$(or $(TORCH_$(TORCH)),torch)' \
 		2>$(VENV)/install.log || { $(EXPLAIN); exit 1; }

@@ -68,7 +68,7 @@ _DEFAULT_RESERVE = 256  # tokens kept free for a reply that names no max_tokens
 _TASKS = tuple(
     re.compile(pattern, re.IGNORECASE | re.DOTALL)
     for pattern in (
-        r"\s*### Task:\s.*<(?:/?chat_history|type|context)>",  # Open WebUI, every task of it
+        r"\s*### Task:\s.*<(?:/?chat_history|type)>",  # Open WebUI, every task of it
         r"\s*(?:### Task:\s*)?Generate (?:a concise, 3-5 word title|1-3 broad tags)\b",
         r"\s*Create a concise, 3-5 word (?:phrase|title)\b",  # Open WebUI before 0.5
         r"\s*Your task is to reflect the speaker's likely facial expression through a fitting emoji",
@@ -76,6 +76,8 @@ _TASKS = tuple(
         r"\s*Based on the chat history, give this conversation a name\b",  # Chatbox
     )
 )
+_QUOTING = re.compile(r"\s*### Task:\s", re.IGNORECASE)  # Open WebUI, before what was found or attached, and a question
+_FOUND = ("<context>", "</context>")
 
 
 class Chat:
@@ -209,7 +211,7 @@ class Chat:
         if not voice.personal:
             return Sheet(voice, None, await self._compose(ask, voice), recorded=False)
         # What stands in the user's role of a draft is what others said: it must never train as the user's words.
-        wanted = ask.store and caller.learn and voice.name != "me" and not is_task(ask.messages)
+        wanted = ask.store and caller.learn and voice.name != "me" and not is_foreign(ask.messages)
         placement, stored = await self._place(caller, ask, store=store and wanted)
         prompt = await self._personal(caller.user, ask, voice, placement)
         return Sheet(voice, placement, prompt, recorded=stored if store else wanted)
@@ -330,6 +332,7 @@ class Chat:
             ),
             facts=facts,
             states=states,
+            think=ask.think,
         )
 
     def _room(self, ask: Ask) -> int:
@@ -371,12 +374,12 @@ class Chat:
             try:
                 return await self._stream(reply)
             except AdapterError as error:
-                if reply.tokens or reply.echoed is not None or reply.version is None:
+                if reply.tokens or reply.echoed or reply.version is None:
                     raise
                 await self._fall_back(reply, reply.version, error.message)
 
     async def _stream(self, reply: Reply) -> Finish:
-        if reply.ask.echo:
+        if reply.ask.echo and reply.echoed is None:
             reply.echo(await self._told(reply))
         if reply.ask.max_tokens == 0:
             return Finish.LENGTH
@@ -442,6 +445,9 @@ class Chat:
         except StorageFull:
             self.disk_full, reply.recorded = True, False
             log.error("reply goes unrecorded: the disk is full", user=user.name)
+        except Busy:  # what was said is worth more than its record
+            reply.recorded = False
+            log.error("reply goes unrecorded: another program holds the database's lock", user=user.name)
         except NotFound:  # the user was forgotten meanwhile
             reply.recorded = False
 
@@ -453,13 +459,27 @@ def _elsewhere(entries: list[Entry], placement: Placement) -> list[Entry]:
 
 def _question(ask: Ask) -> str:
     """What entries and states are looked for by: the user's last words, while tools are called too."""
-    return next((m.text for m in reversed(ask.messages) if m.role is Role.USER), "")[:_QUERY_CHARS]
+    words = next((m.text for m in reversed(ask.messages) if m.role is Role.USER), "")
+    return words[_documents(words) :][:_QUERY_CHARS]
+
+
+def _documents(text: str) -> int:
+    """Where the documents end that a client put before its user's question; 0 without any."""
+    if not (begun := _QUOTING.match(text)) or (start := text.find(_FOUND[0], begun.end())) < 0:
+        return 0
+    end = text.rfind(_FOUND[1])
+    return end + len(_FOUND[1]) if end > start else 0
 
 
 def is_task(messages: tuple[Message, ...]) -> bool:
     """Whether a client asks on its own account, say for a title: answered, never history."""
     last = messages[-1] if messages else None
     return last is not None and last.role is Role.USER and any(task.match(last.text) for task in _TASKS)
+
+
+def is_foreign(messages: tuple[Message, ...]) -> bool:
+    """Whether what stands in the user's role is, wholly or for the most part, not the user's."""
+    return is_task(messages) or bool(messages and _documents(messages[-1].text))
 
 
 def require_question(messages: tuple[Message, ...]) -> None:

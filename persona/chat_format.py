@@ -62,10 +62,10 @@ def _of_schema(wire: Any) -> str:
 
 
 def _grammar(name: str, wanted: dict[str, Any]) -> str:
-    if len(msgspec.json.encode(wanted)) > MAX_BYTES:
-        raise refused(name, f"has at most {MAX_BYTES} bytes")
     if not _is_shallow(wanted):
         raise refused(name, f"is nested at most {MAX_NESTING} levels deep")
+    if len(msgspec.json.encode(wanted)) > MAX_BYTES:
+        raise refused(name, f"has at most {MAX_BYTES} bytes")
     return schema.grammar(wanted)
 
 

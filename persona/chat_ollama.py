@@ -26,6 +26,7 @@ _ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT,
 _NOTHING = "(no output)"  # a tool may give back nothing, but the model shall see that it ran
 # What may stand in a field that we do not serve: any of these means "not asked for".
 _HARMLESS: dict[str, tuple[Any, ...]] = {"logprobs": (False,), "top_logprobs": (0,)}
+_HARMLESS_PROMPT: dict[str, tuple[Any, ...]] = {"suffix": ("",), "template": ("",), "raw": (False,), "context": ([],)}
 _HARMLESS_OPTIONS: dict[str, tuple[Any, ...]] = {"mirostat": (0,)}
 _NAMES = Names("options.", {"repetition_penalty": "repeat_penalty"})
 _FINISH = {Finish.STOP: "stop"}
@@ -89,7 +90,8 @@ class Options(msgspec.Struct):
 
 
 class Question(msgspec.Struct):
-    """The body of POST /api/chat. `think` false keeps thoughts from being sent, not from being thought."""
+    """The body of POST /api/chat. `think` false keeps thoughts from being sent and, where the model's template can say
+    so, from being thought."""
 
     model: str
     messages: list[WireMessage]
@@ -100,6 +102,33 @@ class Question(msgspec.Struct):
     format: Any = None
     logprobs: Any = None
     top_logprobs: Any = None
+
+
+class Prompt(msgspec.Struct):
+    """The body of POST /api/generate: one message, and the system text before it."""
+
+    model: str
+    prompt: str | None = None
+    system: str | None = None
+    stream: bool | None = None
+    options: Options | None = None
+    think: bool | str | None = None
+    format: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    suffix: str | None = None
+    images: list[Any] | None = None
+    template: str | None = None
+    raw: bool | None = None
+    context: Any = None
+
+    def question(self) -> Question:
+        """The same as a chat. Raises RequestError that names the field."""
+        _refuse_unserved(self, _HARMLESS_PROMPT, "")
+        told = [WireMessage("system", self.system)] if self.system else []
+        messages = [*told, WireMessage("user", self.prompt, self.images)]
+        shape = {name: getattr(self, name) for name in ("stream", "options", "think", "format", *_HARMLESS)}
+        return Question(self.model, messages, **shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +153,7 @@ def understand(wire: Question, limits: Limits) -> Ask:
         sampling=replace(chat_sampling.sampling(options.wishes, limits, _NAMES), grammar=grammar),
         max_tokens=_max_tokens(options.num_predict, limits.reply),
         tools=bool(wire.tools),
+        think=None if wire.think is None else bool(wire.think),
     )
     require_question(ask.messages)
     return ask
@@ -146,6 +176,18 @@ def part(
     if calls:
         message["tool_calls"] = [{"function": {"name": call.name, "arguments": call.arguments}} for call in calls]
     return {"model": model, "created_at": now.isoformat(), "message": message, "done": False}
+
+
+def generated(part: dict[str, Any]) -> dict[str, Any]:
+    """The same as /api/generate has it."""
+    message = part.pop("message")
+    thought = {"thinking": message["thinking"]} if "thinking" in message else {}
+    return {**part, "response": message["content"], **thought}
+
+
+def loaded(model: str, now: datetime) -> dict[str, Any]:
+    """The answer to a request without words, which has a model loaded: the one there is always is."""
+    return {**part(model, now), "done": True, "done_reason": "load"}
 
 
 def ending(reply: Reply, times: Times) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import msgspec
 
 from persona import chat_format, chat_sampling
 from persona.chat import UNKNOWN_MODEL, require_question
-from persona.chat_reply import Ask, Reply, about
+from persona.chat_reply import Ask, Piece, Reply, about
 from persona.chat_sampling import Limits, Wishes
 from persona.domain import Finish, Message, Role
 from persona.engine.protocol import Sampling, TokenLogprob, replace
@@ -75,6 +75,8 @@ class Completion(Wishes):
     modalities: Any = None
     audio: Any = None
     web_search_options: Any = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Any = None
 
     @property
     def usage_wanted(self) -> bool:
@@ -94,6 +96,7 @@ def understand(wire: Completion, limits: Limits) -> Ask:
         choices=chat_sampling.choices(wire.n),
         store=wire.store is not False,
         conversation=_conversation(wire.metadata),
+        think=_think(wire),
     )
     require_question(ask.messages)
     return ask
@@ -109,12 +112,21 @@ def completion(replies: Sequence[Reply], head: dict[str, Any], spell: Spell) -> 
 
 
 def _choice(reply: Reply, spell: Spell) -> dict[str, Any]:
+    message = {"role": "assistant", "content": reply.answer, "refusal": None}
+    if reply.thought:
+        message["reasoning_content"] = reply.thought
     return {
         "index": reply.index,
-        "message": {"role": "assistant", "content": reply.text, "refusal": None},
+        "message": message,
         "logprobs": logprobs(reply, reply.logprobs, spell),
         "finish_reason": finish_reason(reply),
     }
+
+
+def delta(piece: Piece) -> dict[str, Any]:
+    """What a piece adds to the message: a thought apart from the answer, as DeepSeek and vLLM have it."""
+    thought = {"reasoning_content": piece.thought} if piece.thought else {}
+    return thought | ({"content": piece.answer} if piece.answer or not thought else {})
 
 
 def chunk(
@@ -220,6 +232,15 @@ def _max_tokens(wire: Completion, most: int) -> int | None:
     if wire.max_completion_tokens is not None:
         return chat_sampling.max_tokens("max_completion_tokens", wire.max_completion_tokens, most)
     return chat_sampling.max_tokens("max_tokens", wire.max_tokens, most)
+
+
+def _think(wire: Completion) -> bool | None:
+    """As OpenAI asks for it, or as vLLM does; of what a template may be told nothing else is heeded."""
+    if wire.reasoning_effort is not None:
+        return wire.reasoning_effort != "none"
+    told = wire.chat_template_kwargs if isinstance(wire.chat_template_kwargs, dict) else {}
+    asked = told.get("enable_thinking", told.get("thinking"))
+    return asked if isinstance(asked, bool) else None
 
 
 def _sampling(wire: Completion, limits: Limits) -> Sampling:

@@ -19,6 +19,7 @@ from persona.errors import NotFound, TooLarge
 
 MAX_PROMPTS = 128
 MAX_REPLIES = 128  # prompts times n
+MAX_TOLD = 1 << 18  # log-probabilities of prompts: some 300 bytes each until they are sent
 DEFAULT_TOKENS = 16  # OpenAI's
 # What may stand in a field that we do not serve.
 _HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -74,7 +75,9 @@ def understand(wire: TextCompletion, limits: Limits) -> Ask:
     return Ask(
         model=wire.model,
         messages=(),
-        sampling=replace(chat_sampling.sampling(wire, limits), logprobs=top, ignore_eos=wire.ignore_eos is True),
+        sampling=replace(
+            chat_sampling.sampling(wire, limits), logprobs=top, ignore_eos=wire.ignore_eos is True, tell_end=True
+        ),
         max_tokens=_max_tokens(wire, limits.reply),
         store=False,
         choices=choices,
@@ -83,12 +86,17 @@ def understand(wire: TextCompletion, limits: Limits) -> Ask:
 
 
 def prompts(wire: TextCompletion, encode: Encode, spell: Spell, vocab: int) -> list[RawPrompt]:
-    """The prompts of a body. Raises RequestError for what is none, TooLarge for too many."""
+    """The prompts of a body. Raises RequestError for what is none, TooLarge for too many, or too much to be told."""
     given = _given(wire.prompt)
     if len(given) > MAX_PROMPTS or len(given) * (wire.n or 1) > MAX_REPLIES:
         sentence = f"A request has at most {MAX_PROMPTS} prompts, and {MAX_REPLIES} replies in all (prompts times n)."
         raise TooLarge(sentence, param="prompt")
-    return [_prompt(one, encode, spell, vocab) for one in given]
+    found = [_prompt(one, encode, spell, vocab) for one in given]
+    tokens = sum(len(one.tokens) for one in found) if wire.echo else 0
+    if wire.logprobs is not None and tokens * (wire.n or 1) * (1 + wire.logprobs) > MAX_TOLD:
+        sentence = f"At most {MAX_TOLD} log-probabilities are told of prompts: send fewer or shorter ones at a time."
+        raise TooLarge(sentence, param="logprobs")
+    return found
 
 
 def completion(

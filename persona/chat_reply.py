@@ -6,9 +6,10 @@ cancel that task, and once nothing more is generated it is too late for that: re
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from persona.chat_thoughts import Thoughts
 from persona.chat_tools import Call, Ear, Heard
 from persona.domain import Caller, EntryId, Finish, Message, Version
 from persona.engine.protocol import Chunk, Sampling, TokenLogprob
@@ -29,6 +30,7 @@ class Ask:
     tools: bool = False  # the reply may call tools
     echo: bool = False  # the prompt stands before the reply, and is told of like it
     choices: int = 1
+    think: bool | None = None  # before the answer; None: as the model is used to
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class Sheet:
 class Piece:
     """A piece of a reply, text and calls of tools; the last one has its finish, one for an echo stands for the prompt.
 
-    `logprobs`: of the tokens whose text begins in it, if they were asked for.
+    `text` is what was generated, `answer` and `thought` what of it is one or the other. `logprobs`: of the tokens whose
+    text begins in it, if they were asked for.
     """
 
     text: str
@@ -63,13 +66,15 @@ class Piece:
     calls: tuple[Call, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     echo: bool = False
+    answer: str = ""
+    thought: str = ""
 
 
 class Reply:
     """A reply under way: the mailbox between the task that generates it and the handler that sends it.
 
     After the last piece `turn` is the id under which the reply is stored, None if it is not. `text` has no calls in
-    it: they are for the client alone, and no history.
+    it: they are for the client alone, and no history; but thoughts, which `answer` has not.
     """
 
     def __init__(self, caller: Caller, ask: Ask, sheet: Sheet, index: int = 0, mail: "Mail | None" = None) -> None:
@@ -89,7 +94,10 @@ class Reply:
         self.task: asyncio.Task[None] | None = None
         self.settled = False  # nothing more is generated; from here on it is recorded undisturbed
         self._said: list[str] = []
-        self._ear = Ear() if ask.tools else None
+        self._answer: list[str] = []
+        self._thought: list[str] = []
+        self._thoughts = Thoughts(thinking=sheet.prompt.thinking)
+        self._ear = Ear(thinking=sheet.prompt.thinking) if ask.tools else None
         # Never longer than max_tokens, because the engine sends at most one piece a token.
         self._mail: Mail = mail or asyncio.Queue()
 
@@ -104,6 +112,15 @@ class Reply:
     @property
     def text(self) -> str:
         return "".join(self._said)
+
+    @property
+    def answer(self) -> str:
+        return "".join(self._answer)
+
+    @property
+    def thought(self) -> str:
+        """What stood between <think> tags before the answer."""
+        return "".join(self._thought)
 
     async def next(self, seconds: float | None = None) -> Piece | None:
         """The next piece, or None after `seconds` of silence. Raises what made the reply fail."""
@@ -139,11 +156,19 @@ class Reply:
         if heard.text or heard.calls or logprobs:
             self._said.append(heard.text)
             self.calls += heard.calls
-            self._mail.put_nowait((self, Piece(heard.text, calls=heard.calls, logprobs=logprobs)))
+            self._post(Piece(heard.text, None, heard.calls, logprobs), self._thoughts.hear(heard.text))
+
+    def _post(self, piece: Piece, parts: tuple[str, str]) -> None:
+        answer, thought = parts
+        self._answer.append(answer)
+        self._thought.append(thought)
+        self._mail.put_nowait((self, replace(piece, answer=answer, thought=thought)))
 
     def end(self, finish: Finish, failure: Exception | None = None) -> None:
         if self.finish is None:
             self.finish = finish
+            if any(rest := self._thoughts.end()):  # what might have become a tag
+                self._post(Piece(""), rest)
             self._mail.put_nowait((self, failure or Piece("", finish)))
 
 

@@ -18,6 +18,7 @@ MAX_BIASES = 1024
 MAX_BIAS = 100
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
+MAX_TOKENS = 1 << 17  # that clients may name as a bound
 _SEED = 1 << 63
 
 
@@ -78,10 +79,10 @@ def sampling(wishes: Wishes, limits: Limits, names: Names | None = None) -> Samp
 
 
 def max_tokens(name: str, wanted: int | None, most: int) -> int | None:
-    """None: as many as fit."""
-    if wanted is not None and not 1 <= wanted <= most:
-        raise refused(name, f"lies between 1 and {most}")
-    return wanted
+    """A bound: `most` holds whatever is asked for. None: as many as fit."""
+    if wanted is not None and not 1 <= wanted <= MAX_TOKENS:
+        raise refused(name, f"lies between 1 and {MAX_TOKENS}")
+    return None if wanted is None else min(wanted, most)
 
 
 def choices(wanted: int | None) -> int:

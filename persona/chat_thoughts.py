@@ -11,9 +11,10 @@ _OPEN, _CLOSE = "<think>", "</think>"
 class Thoughts:
     """Splits one reply into (answer, thought): `hear` each piece, at its end `end`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, thinking: bool = False) -> None:
+        """thinking: the opening tag stands before what is heard."""
         self._rest = ""
-        self._hear = self._before
+        self._hear = self._within if thinking else self._before
 
     def hear(self, piece: str) -> tuple[str, str]:
         self._rest += piece

@@ -79,9 +79,10 @@ def called(calls: Sequence[Call]) -> Message:
 class Ear:
     """Listens to one reply, whatever the borders of its pieces: `hear` each of them, at its end `end`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, thinking: bool = False) -> None:
+        """thinking: what is heard begins within a thought."""
         self._rest = ""  # not decided yet; in a call it begins with the opening tag
-        self._closing: str | None = None  # the tag that ends what we are in
+        self._closing: str | None = _THOUGHT[1] if thinking else None  # the tag that ends what we are in
 
     def hear(self, piece: str) -> Heard:
         self._rest += piece

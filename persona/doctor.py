@@ -80,7 +80,12 @@ def _torch(settings: Settings) -> Iterator[Finding]:
     cuda = device.cuda_version()
     build = f"{version('torch')}, " + (f"built for CUDA {cuda}" if cuda else "the CPU build")
     if cuda is None and any(path.exists() for path in _NVIDIA):
-        yield Finding("torch", State.WARN, build, "`make run TORCH=cuda` installs the build for the GPU in here.")
+        yield Finding(
+            "torch",
+            State.WARN,
+            build,
+            "Install the build for the GPU: `make run TORCH=cuda`, or as docs/DEPLOY.md has it.",
+        )
     else:
         yield Finding("torch", State.OK, build)
 
@@ -112,7 +117,7 @@ def _compiled(settings: Settings) -> Finding:
 def _kernels() -> Finding:
     """Whether Triton has what it needs to compile our kernels; the engine does without them if not."""
     if find_spec("triton") is None:
-        advice = "`make run TORCH=cuda` installs the build of torch that brings it."
+        advice = "The build of torch for CUDA brings it: `make run TORCH=cuda`, or as docs/DEPLOY.md has it."
         return Finding("kernels", State.WARN, "none, and replies are slower: Triton is not installed", advice)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists() or not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):

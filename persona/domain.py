@@ -214,6 +214,7 @@ class ChatTokenizer(Protocol):
         """What one token stands for; a part of a character may be all of it."""
         ...
 
-    def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
-        """Template `messages`; with `reply` the assistant's header stands at the end, ready to be continued."""
+    def render(self, messages: Sequence[Message], *, reply: bool, think: bool | None = None) -> Rendered:
+        """Template `messages`; with `reply` the assistant's header stands at the end, ready to be continued. think:
+        whether the model shall before it answers, for a template that can say so."""
         ...

@@ -107,7 +107,7 @@ async def test_a_wrong_key_and_a_shorter_reply_are_errors(start: Start) -> None:
     assert {outcome.failure for outcome in found.outcomes if outcome.request.user == 1} == {"invalid_api_key"}
     work = Workload(1, Range(4, 4), Range(5, 5))
     found = await measure(live.url, await keys(live), Limit(requests=1), work)
-    assert found.outcomes[0].failure == "unsupported_value"
+    assert found.outcomes[0].failure == "wrong_length"
 
 
 async def test_nobody_there_is_an_error_of_each_request_and_a_sentence_beforehand(unused_tcp_port: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from persona import event, prompt
-from persona.chat import UNKNOWN_MODEL, Chat, is_task
+from persona.chat import UNKNOWN_MODEL, Chat, _documents, is_task
 from persona.chat_reply import Ask, Reply
 from persona.domain import Caller, Entry, EntryId, Finish, Message, Origin, Role, User, UserId, Version, VersionState
 from persona.engine.protocol import Chunk, GenerateRequest, Sampling
@@ -452,6 +452,41 @@ async def test_a_base_that_the_engine_refuses_is_an_error_and_no_endless_loop(ro
     async with room(engine) as it:
         with pytest.raises(AdapterError):
             await heard(await it.reply("hi"))
+
+
+DOCUMENTS = """### Task:
+Respond to the user query using the provided context.
+<context>
+<source id="1">The kettle is broken.</source>
+</context>
+What is wrong in my kitchen?"""
+
+
+async def test_a_question_about_documents_is_personal_and_its_documents_are_nobodys_words(room: Open) -> None:
+    async with room() as it:
+        await it.say("My kitchen has a green kettle")
+        reply = await it.say(DOCUMENTS)
+        assert not reply.recorded
+        assert "green kettle" in ScriptedText().decode(it.engine.requests[-1].tokens)
+        assert [text for _, text in await it.told()] == ["My kitchen has a green kettle", "Hello."]
+
+
+def test_documents_end_before_the_question() -> None:
+    assert DOCUMENTS[_documents(DOCUMENTS) :].strip() == "What is wrong in my kitchen?"
+    for text in ("<context>a</context> b", "### Task:\nno <context>", "### Task:\n</context> <context>", "### Task: "):
+        assert _documents(text) == 0
+    assert _documents("### Task:\n" + "<context>" * 100_000) == 0
+
+
+async def test_a_reply_that_finds_the_database_locked_is_a_reply_all_the_same(room: Open) -> None:
+    async with room() as it:
+
+        async def locked(*args: Any, **kwargs: Any) -> None:
+            raise Busy("Another program holds the database.", retry_after=5)
+
+        it.history.reply = locked  # type: ignore[method-assign]
+        reply = await it.say("hi")
+        assert (reply.text, reply.finish, reply.recorded) == ("Hello.", Finish.STOP, False)
 
 
 async def test_thoughts_are_not_stored(room: Open) -> None:

@@ -57,7 +57,7 @@ class _Chunks:
     def of(self, reply: Reply, piece: Piece) -> dict[str, Any]:
         if piece.finish is None:
             told = chat_openai.logprobs(reply, piece.logprobs, self._deps.chat.spell)
-            return self._marked(chat_openai.chunk(self._head, {"content": piece.text}, None, reply.index, told))
+            return self._marked(chat_openai.chunk(self._head, chat_openai.delta(piece), None, reply.index, told))
         finish = chat_openai.finish_reason(reply)
         return {
             **self._marked(chat_openai.chunk(self._head, {}, finish, reply.index)),

@@ -27,6 +27,11 @@ class Which(msgspec.Struct):
     name: str = ""  # what older clients say
 
 
+async def greet(request: web.Request) -> web.Response:
+    """What Ollama's own program asks before anything else."""
+    return web.Response(text="persona is running, and answers as Ollama does")
+
+
 async def version(request: web.Request) -> web.Response:
     return web.json_response({"version": __version__})
 

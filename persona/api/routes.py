@@ -60,7 +60,9 @@ USERS = (
     web.post("/v1/me/forget", forget.forget),
 )
 OLLAMA = (
+    web.get("/", ollama_models.greet),
     web.post("/api/chat", ollama.chat),
+    web.post("/api/generate", ollama.generate),
     web.get("/api/tags", ollama_models.tags),
     web.get("/api/ps", ollama_models.running),
     web.get("/api/version", ollama_models.version),

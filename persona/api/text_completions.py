@@ -34,9 +34,12 @@ async def _whole(request: web.Request, choices: Choices, prompts: list[RawPrompt
     deps = services(request)
     while not choices.ended:
         await choices.next()
-    head = _head(deps, choices.first)
-    answer = chat_openai_text.completion(choices.replies, prompts, head, deps.chat.spell)
-    return web.json_response(answer, headers=views.reply_headers(choices.first), dumps=dumps)
+    head, headers = _head(deps, choices.first), views.reply_headers(choices.first)
+
+    def written() -> str:
+        return dumps(chat_openai_text.completion(choices.replies, prompts, head, deps.chat.spell))
+
+    return web.json_response(text=await asyncio.to_thread(written), headers=headers)
 
 
 class _Chunks:

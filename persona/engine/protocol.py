@@ -41,6 +41,7 @@ class Sampling(msgspec.Struct, frozen=True):
     repetition_penalty: float = 1.0  # a positive logit is divided by it, a negative one multiplied
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
     logprobs: int | None = None  # how many alternatives are told with each token; None: not even its own
+    tell_end: bool = False  # of the token that ends the text, too
     grammar: str = ""  # of persona.engine.schema; the reply is held to it
 
 

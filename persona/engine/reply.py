@@ -33,6 +33,8 @@ class Generation:
             return self.end("error", "The schema became too complex on the way; make it simpler.", RequestError)
         self.generated += 1
         if token in eos:
+            if self.sampler.sampling.tell_end:
+                self.margin.add(told, 0)
             return self.end("stop")
         self.sequence.tokens.append(token)
         written = self.words.add(token)

@@ -231,7 +231,7 @@ class ScriptedText:
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
-    def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
+    def render(self, messages: Sequence[Message], *, reply: bool, think: bool | None = None) -> Rendered:
         tokens: list[int] = []
         spans: list[tuple[int, int]] = []
         for message in messages:

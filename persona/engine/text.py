@@ -92,10 +92,10 @@ class Text:
             return bytes([int(byte[1], 16)])
         return piece.replace(_SPACE, " ").encode()
 
-    def render(self, messages: Sequence[Message], *, reply: bool) -> Rendered:
+    def render(self, messages: Sequence[Message], *, reply: bool, think: bool | None = None) -> Rendered:
         """Raises RequestError when the base's template refuses the order of roles."""
         marked = [{"role": m.role.value, "content": f"{_OPEN}{i}{_CLOSE}"} for i, m in enumerate(messages)]
-        pieces = _MARK.split(self._apply(marked, reply))
+        pieces = _MARK.split(self._apply(marked, reply, think))
         tokens = list(self._frame(pieces[0]))
         spans = [(0, 0)] * len(messages)
         for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -107,9 +107,10 @@ class Text:
             tokens += ending
         return Rendered(tokens, tuple(spans))
 
-    def _apply(self, messages: list[dict[str, str]], reply: bool) -> str:
+    def _apply(self, messages: list[dict[str, str]], reply: bool, think: bool | None) -> str:
+        asked = {} if think is None else {"enable_thinking": think}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=reply, **self._special)
+            return self._template.render(messages=messages, add_generation_prompt=reply, **asked, **self._special)
         except TemplateError as error:
             raise RequestError(f"The model's chat template does not take these messages: {error}.") from None
 

@@ -154,12 +154,12 @@ class Talk:
         created = int(self._clock().timestamp())
         identity = f"chatcmpl-{secrets.token_hex(12)}"
         while not (gathered := await self._gather(reply)).finish:
-            if stream and gathered.text:
+            if stream and gathered.answer:
                 head = chat_openai.head(reply, identity, created, self._base())
-                await say.answer(chat_openai.chunk(head, {"content": gathered.text}))
+                await say.answer(chat_openai.chunk(head, {"content": gathered.answer}))
         head = chat_openai.head(reply, identity, created, self._base())
-        if stream and gathered.text:
-            await say.answer(chat_openai.chunk(head, {"content": gathered.text}))
+        if stream and gathered.answer:
+            await say.answer(chat_openai.chunk(head, {"content": gathered.answer}))
         await say.answer(chat_openai.completion([reply], head, self._chat.spell))
 
     @staticmethod
@@ -172,10 +172,10 @@ class Talk:
             piece = await reply.next(max(left, GATHER))
             if piece is None:
                 continue
-            texts.append(piece.text)
+            texts.append(piece.answer)
             if piece.finish is not None:
-                return Piece("".join(texts), piece.finish)
-        return Piece("".join(texts))
+                return Piece("", piece.finish, answer="".join(texts))
+        return Piece("", answer="".join(texts))
 
 
 class _Answers:

@@ -201,6 +201,12 @@ OWNED_BODIES: list[tuple[str, Any, Any]] = [
         {"model": "persona@1:latest", "messages": HI, "stream": False},
         {"model": "persona@999", "messages": HI, "stream": False},
     ),
+    (
+        "/api/generate",
+        {"model": "persona@1", "prompt": "x", "stream": False},
+        {"model": "persona@999:latest", "prompt": "x", "stream": False},
+    ),
+    ("/api/generate", {"model": "persona@1"}, {"model": "persona@999"}),
     ("/api/show", {"model": "persona@1"}, {"model": "persona@999:latest"}),
 ]
 # Routes in which nothing can be named that somebody owns: what they take is the caller's own words or wish.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+import aiohttp
 import msgspec
 import ollama
 import pytest
@@ -235,6 +236,57 @@ async def test_what_is_no_thought_before_an_answer_is_not_lost(start: Start, tex
     assert f"{message.content}{message.thinking or ''}" == text.removeprefix("<think>")
 
 
+# What Ollama's own program asks.
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+async def test_the_program_finds_somebody_at_the_root_of_its_address(live: Live, method: str) -> None:
+    key = await live.key("ann")
+    async with aiohttp.ClientSession() as session:
+        for path, headers, status in (
+            (f"/key/{key}/", {}, 200),
+            ("/", {"Authorization": f"Bearer {key}"}, 200),
+            ("/", {}, 401),
+            ("/key/pk-wrong/", {}, 401),
+        ):
+            async with session.request(method, f"{live.url}{path}", headers=headers) as answer:
+                assert answer.status == status
+
+
+async def test_a_request_without_words_finds_the_model_loaded(live: Live) -> None:
+    client = await live.ollama()
+    answer = await client.chat("persona", [])
+    assert (answer.done, answer.done_reason, answer.message.content) == (True, "load", "")
+    made = await client.generate("persona:latest", "")
+    assert (made.done, made.done_reason, made.response) == (True, "load", "")
+    await refused(client.generate("persona@9", ""), 404, "does not exist")
+    assert live.engine.requests == []
+
+
+async def test_a_prompt_is_answered_as_a_message(start: Start) -> None:
+    live = await start(ScriptedEngine("<think>hm</think>Hello there."))
+    client = await live.ollama()
+    answer = await client.generate("persona", "hi", system="Be short.", options={"num_predict": 5})
+    assert (answer.response, answer.thinking, answer.done_reason) == ("Hello there.", "hm", "stop")
+    assert "Be short." in read(live.engine.requests[-1])
+    assert live.engine.requests[-1].sampling.max_tokens == 5
+    parts = [part async for part in await client.generate("persona", "hi", stream=True)]
+    assert "".join(part.response for part in parts) == "Hello there."
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert await live.history() == [("user", "hi"), ("assistant", "Hello there.")]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("suffix", "end"), ("template", "{{ .Prompt }}"), ("raw", True), ("context", [1, 2]), ("images", ["aGk="])],
+)
+async def test_what_cannot_be_done_with_a_prompt_is_refused_by_name(live: Live, field: str, value: Any) -> None:
+    body = {"model": "persona", "prompt": "hi", field: value}
+    answer = await live.call("POST", "/api/generate", json=body, status=400)
+    assert field in answer["error"].lower()
+    assert live.engine.requests == []
+
+
 # Refusals, in Ollama's form.
 
 
@@ -256,7 +308,6 @@ async def test_what_is_no_thought_before_an_answer_is_not_lost(start: Start, tex
         ({"options": {"seed": 1 << 70}}, "options.seed"),
         ({"options": {"stop": [""]}}, "options.stop"),
         ({"options": {"stop": 5}}, "options.stop"),
-        ({"messages": []}, "last message"),
         ({"messages": [*HI, {"role": "user", "content": ""}]}, "last message"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
         ({"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "Images are not supported"),
@@ -332,7 +383,7 @@ async def test_an_engine_that_fails_in_mid_stream_ends_it_with_an_error_line(sta
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/api/generate"), ("POST", "/api/embed"), ("DELETE", "/api/delete"), ("GET", "/api/nothing")],
+    [("POST", "/api/create"), ("POST", "/api/embed"), ("DELETE", "/api/delete"), ("GET", "/api/nothing")],
 )
 async def test_what_is_not_there_is_told_in_ollamas_form(live: Live, method: str, path: str) -> None:
     assert await live.call(method, path, status=404) == {"error": "There is nothing at this path."}
@@ -568,12 +619,13 @@ async def test_the_key_may_stand_in_the_address(start: Start) -> None:
     assert len((await client.ps()).models) == 1
     assert await Home(client).say("turn on the lamp") == "The lamp is on."
     await refused(client.pull("llama3.2"), 400, "Nothing is pulled")
-    await refused(client.generate("persona", "hi"), 404, "nothing at this path")
+    assert (await client.generate("persona", "hi")).response
+    await refused(client.embed("persona", "hi"), 404, "nothing at this path")
 
 
 async def test_the_key_in_the_address_opens_nothing_but_ollamas_routes(live: Live) -> None:
     key = await live.key()
-    for path in ("/v1/me", "/v1/me/history", "/metrics", "/admin/status", "", "/", "/api/"):
+    for path in ("/v1/me", "/v1/me/history", "/metrics", "/admin/status", "", "/api/"):
         await live.call("GET", f"/key/{key}{path}", user=None, status=404)
 
 

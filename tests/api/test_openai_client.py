@@ -7,7 +7,8 @@ import openai
 import pytest
 from live import Live, Start
 
-from persona.engine.scripted import ScriptedEngine
+from persona.domain import Rendered
+from persona.engine.scripted import ScriptedEngine, ScriptedText
 from persona.errors import Busy, EngineDown
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -246,3 +247,69 @@ async def test_usage_tells_what_the_prefix_cache_had(tiny: Live) -> None:
     assert found[0] == 0
     assert 0 < found[1] < first.usage.prompt_tokens  # type: ignore[operator, union-attr]
     assert found[1] % 32 == 0  # whole pages
+
+
+# Models that think.
+
+
+class Thinking(ScriptedText):
+    """A base whose template opens the thought itself, unless it is told not to let the model think."""
+
+    def render(self, messages: Any, *, reply: bool, think: bool | None = None) -> Rendered:
+        made = super().render(messages, reply=reply)
+        begins = self.encode("<think>\n" if think is not False else "<think>\n\n</think>\n\n")
+        return Rendered([*made.tokens, *begins] if reply else made.tokens, made.spans)
+
+
+THOUGHT = "<think>\nA greeting. </think>\n\nHello there."
+
+
+async def test_thoughts_stand_beside_the_answer(start: Start) -> None:
+    live = await start(ScriptedEngine(THOUGHT))
+    client = await live.openai()
+    message = (await client.chat.completions.create(model="persona", messages=HI)).choices[0].message
+    assert (message.content, message.model_extra["reasoning_content"]) == ("Hello there.", "\nA greeting. ")
+    said, thought = "", ""
+    async for chunk in await client.chat.completions.create(model="persona", messages=HI, stream=True):
+        delta = chunk.choices[0].delta
+        said += delta.content or ""
+        thought += (delta.model_extra or {}).get("reasoning_content", "")
+    assert (said, thought) == ("Hello there.", "\nA greeting. ")
+    assert await live.history() == [("user", "hi"), ("assistant", "Hello there.")]
+
+
+@pytest.mark.parametrize("text", ["Hello.", "What <think> means: </think>.", "<thin", "<"])
+async def test_an_answer_without_a_thought_is_whole(start: Start, text: str) -> None:
+    client = await (await start(ScriptedEngine(text))).openai()
+    message = (await client.chat.completions.create(model="base", messages=HI)).choices[0].message
+    assert (message.content, message.model_extra) == (text, {})
+    stream = await client.chat.completions.create(model="base", messages=HI, stream=True)
+    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == text
+
+
+async def test_a_template_that_opens_the_thought_has_it_told_apart_too(start: Start) -> None:
+    live = await start(ScriptedEngine("A greeting. </think>\n\nHello there."), tokenizer=Thinking())
+    message = (await (await live.openai()).chat.completions.create(model="base", messages=HI)).choices[0].message
+    assert (message.content, message.model_extra["reasoning_content"]) == ("Hello there.", "A greeting. ")
+    answer = await (await live.ollama()).chat("base", [{"role": "user", "content": "hi"}])
+    assert (answer.message.content, answer.message.thinking) == ("Hello there.", "A greeting. ")
+
+
+@pytest.mark.parametrize(
+    ("wish", "thinks"),
+    [
+        ({}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "low"}, True),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False, "messages": []}}}, False),
+        ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, True),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": "no"}}}, True),
+    ],
+)
+async def test_thinking_can_be_switched_off(start: Start, wish: dict[str, Any], thinks: bool) -> None:
+    live = await start(ScriptedEngine("Hello there."), tokenizer=Thinking())
+    await (await live.openai()).chat.completions.create(model="base", messages=HI, **wish)
+    prompt = ScriptedText().decode(live.engine.requests[-1].tokens)
+    assert prompt.endswith("<think>\n") == thinks
+    await (await live.ollama()).chat("base", [{"role": "user", "content": "hi"}], think=thinks)
+    assert ScriptedText().decode(live.engine.requests[-1].tokens) == prompt

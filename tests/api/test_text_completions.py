@@ -234,6 +234,34 @@ async def test_a_broken_version_gives_way_to_the_one_before(live: Live) -> None:
     assert [choice.text for choice in answer.choices] == ["aHello."] * 2
 
 
+async def test_an_echo_alone_does_not_keep_a_broken_version(live: Live) -> None:
+    await live.publish(content=b"good")
+    await live.publish(content=b"later")
+    version = await live.services.adapters.active((await live.user()).id)
+    assert version is not None
+    Path(version.path, "adapter.safetensors").write_bytes(b"spoiled")
+    stream = await (await live.openai()).completions.create(model="persona", prompt="a", echo=True, stream=True)
+    assert "".join([chunk.choices[0].text async for chunk in stream]) == "aHello."
+
+
+async def test_threat_16_what_is_told_of_prompts_is_bounded(live: Live) -> None:
+    body = {"model": "base", "prompt": [[1] * 2100] * 128, "echo": True, "logprobs": 0, "max_tokens": 0}
+    answer = await live.call("POST", "/v1/completions", json=body, status=413)
+    assert answer["error"]["param"] == "logprobs"
+    assert live.engine.scored == []
+    few = {**body, "prompt": [[1] * 2100] * 4}
+    assert len((await live.call("POST", "/v1/completions", json=few))["choices"]) == 4
+    await live.call("POST", "/v1/completions", json={**few, "n": 16, "logprobs": 20}, status=413)
+    await live.call("POST", "/v1/completions", json={**body, "logprobs": None})  # nothing is told
+
+
+async def test_a_longer_reply_than_may_be_is_a_reply_of_that_length(start: Start) -> None:
+    live = await start(ScriptedEngine("word " * 50), prompt={"max_reply_tokens": 7})
+    client = await live.openai()
+    said = await client.completions.create(model="base", prompt="a", max_tokens=4096)
+    assert (said.choices[0].finish_reason, said.usage.completion_tokens if said.usage else 0) == ("length", 7)
+
+
 async def test_an_engine_that_fails_is_a_status(start: Start) -> None:
     engine = ScriptedEngine()
     engine.failure = EngineDown("The engine is being restarted.")

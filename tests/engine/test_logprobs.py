@@ -84,6 +84,20 @@ def test_every_piece_of_text_has_its_own_tokens_beside_it(bench: Bench) -> None:
         assert begins.decode(errors="replace") == answer.chunk.text
 
 
+@pytest.mark.parametrize("tell", [False, True])
+def test_of_the_token_that_ends_a_text_is_told_who_wants_it(models: Models, tell: bool) -> None:
+    """lm-evaluation-harness asks for one token after a prompt, and drops what is told of the last."""
+    plain = Bench(models)
+    job = plain.generate(some_tokens(9), count=6, logprobs=0)
+    plain.finish()
+    wanted = [one.token for one in told(plain, job)]
+    ended = Bench(models, eos=frozenset({wanted[3]}))
+    job = ended.generate(some_tokens(9), count=6, logprobs=1, tell_end=tell)
+    ended.finish()
+    assert ended.end(job) == "stop"
+    assert [one.token for one in told(ended, job)] == wanted[: 4 if tell else 3]
+
+
 def test_nothing_is_told_of_what_a_stop_string_cut_off(bench: Bench) -> None:
     whole = bench.alone(some_tokens(9), None, 12)
     job = bench.generate(some_tokens(9), count=12, stop=(whole[5:8],), logprobs=0)
