@@ -101,6 +101,7 @@ class Intake:
         self._clock = clock
         self._share = Share(settings.events_per_second, settings.burst)
         self._strangers: dict[str, tuple[Reason, float]] = {}
+        self._half: frozenset[bytes] = frozenset()  # deliveries of a batch that was stored in part
         self.counts: Counter[str] = Counter()
 
     def outcomes(self) -> dict[str, int]:
@@ -116,10 +117,11 @@ class Intake:
         self._strangers.clear()
 
     async def accept(self, deliveries: Sequence[Delivery]) -> list[Outcome]:
-        """Store a batch in its order; what became of each. Raises StorageFull or Busy, and nothing has happened."""
+        """Store a batch in its order; what became of each. Raises StorageFull or Busy: bring it again."""
         now = self._clock()
         people = await self._people(deliveries)
-        arrived = await asyncio.to_thread(lambda: [self._arrived(one, people, now) for one in deliveries])
+        again = [replace(one, again=one.again or one.digest in self._half) for one in deliveries]
+        arrived = await asyncio.to_thread(lambda: [self._arrived(one, people, now) for one in again])
         try:
             outcomes = await self._store(arrived, now)
         except PersonaError:
@@ -127,8 +129,22 @@ class Intake:
             raise
         except Exception as error:
             log.error("batch of events failed", events=len(arrived), kind=type(error).__name__)
-            outcomes = [await self._alone(one, now) for one in arrived]
+            outcomes = await self._one_by_one(arrived, now)
+        self._half = frozenset()
         self._count(arrived, outcomes)
+        return outcomes
+
+    async def _one_by_one(self, arrived: Sequence[Arrived], now: datetime) -> list[Outcome]:
+        """Of a batch that failed for no known reason: one message at a time, so that the others get through. What was
+        stored before it ends with StorageFull or Busy is known when the batch is brought again."""
+        outcomes: list[Outcome] = []
+        try:
+            for one in arrived:
+                outcomes += [await self._alone(one, now)]
+        except PersonaError:
+            self._half = frozenset(one.delivery for one in arrived[: len(outcomes)] if one.delivery)
+            self._share.give_back(one.user for one in arrived[len(outcomes) :] if _shared(one))
+            raise
         return outcomes
 
     async def shed(self, dropped: Counter[str]) -> None:
@@ -276,7 +292,6 @@ class Intake:
         return await self._events.store(arrived, count=self._tokens, now=now, kept=kept)
 
     async def _alone(self, one: Arrived, now: datetime) -> Outcome:
-        """Of a batch that failed for no known reason: one message, so that the others get through."""
         try:
             return (await self._store([one], now))[0]
         except PersonaError:

@@ -18,6 +18,7 @@ from storage.tables import sources, users
 
 RESTART = 1000  # so far below the last number nothing arrives late
 MOST = 1_000_000_000  # missing numbers that are counted: a source may name any number
+SOURCES = 1000  # of a user that are known; those that were silent longest are forgotten
 GAPS = 100  # ranges that are remembered; of older ones only how many were missing
 
 _COUNTED = ("last_seq", "gaps", "missing", "events", "duplicates")
@@ -57,10 +58,19 @@ async def note(connection: Transaction, seen: Sequence[Seen], now: datetime) -> 
             new.append({"user_id": place[0], "source": place[1]} | values)
     if new:
         await connection.execute(sa.insert(sources), new)
+        for owner in {place[0] for place in groups if place not in known}:
+            await _forget_silent(connection, owner)
     if newer:
         this = (sources.c.user_id == sa.bindparam("user")) & (sources.c.source == sa.bindparam("its"))
         changed: dict[str, Any] = {name: sa.bindparam(f"new_{name}") for name in (*_COUNTED, "last")}
         await connection.execute(sa.update(sources).where(this).values(changed), newer)
+
+
+async def _forget_silent(connection: Transaction, user_id: UserId) -> None:
+    """A device may name itself anew at each start."""
+    newest = sa.select(sources.c.source).where(sources.c.user_id == user_id).order_by(sources.c.last.desc())
+    kept = sources.c.source.in_(newest.limit(SOURCES))
+    await connection.execute(sa.delete(sources).where(sources.c.user_id == user_id, ~kept))
 
 
 async def of(connection: Transaction, user_id: UserId) -> list[Source]:

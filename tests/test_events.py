@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from persona.event import Reason
 from persona.events import Delivery, Intake, Share
 from persona.settings import Mqtt
 from storage.database import Database
-from storage.events import Events, Outcome
+from storage.events import Arrived, Events, Outcome
 from storage.history import History
 from storage.users import Users
 
@@ -343,6 +343,31 @@ async def test_what_is_known_by_now_leaves_the_dead_and_what_is_still_wrong_stay
         assert found == Counter(dead=2, duplicate=1, without_payload=1)
         assert await it.texts(eve) == ["known"]
         assert sorted(await it.reasons()) == ["bad_json", "bad_topic", "not_recorded"]
+
+
+async def test_threat_23_what_was_stored_before_the_disk_was_full_is_not_stored_again(
+    house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that fails for no known reason goes in message by message, and on the way the disk is full."""
+    async with house() as it:
+        real, room = it.events.store, [2]
+
+        async def store(arrived: Sequence[Arrived], **how: Any) -> list[Outcome]:
+            if len(arrived) > 1:
+                raise RuntimeError("who knows")
+            if not room[0]:
+                raise StorageFull("The disk is full.")
+            room[0] -= 1
+            return await real(arrived, **how)
+
+        monkeypatch.setattr(it.events, "store", store)
+        batch = [replace(sent(text="again"), mark=b"nonce" + bytes([at])) for at in range(3)]  # without id and time
+        with pytest.raises(StorageFull):
+            await it.intake.accept(batch)
+        room[0] = 100
+        assert await it.intake.accept(batch) == [DUPLICATE, DUPLICATE, STORED]
+        assert await it.texts(it.ann) == ["again"] * 3
+        assert await it.intake.accept([batch[0]]) == [STORED], "no repetition, as far as anybody can tell"
 
 
 async def test_threat_22_a_letter_with_a_long_name_is_never_replayed_to_the_shorter_one(house: Open) -> None:

@@ -31,6 +31,7 @@ LONGEST_WAIT = 60.0
 SETTLED = 10.0  # seconds after which a connection counts as a good one
 HELD_SECONDS = 2.0  # between attempts to store what a full or busy disk refused
 STOP_SECONDS = 10.0  # for the batch under way to be stored
+ANSWER_SECONDS = 60.0  # that an answer waits for a connection
 
 Train = Callable[[str], Awaitable[None]]  # asks for a run of the user of that name, if they may have one
 
@@ -56,6 +57,7 @@ class Mqtt:
         self._dropped: Counter[str] = Counter()  # messages of QoS 0 that found no room, by user
         self._patience = settings.http.shutdown_seconds
         self._connection: Connection | None = None
+        self._there = asyncio.Event()  # a connection
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._lost: str | None = "The broker has not answered yet."
@@ -130,12 +132,23 @@ class Mqtt:
             beside[0].add_done_callback(lambda _: connection.interrupt())  # it ends only if the broker stays silent
             try:
                 self._connection, self._lost = connection, None
+                self._there.set()
                 await self._take_in(connection, session)
                 await self._talk.drain(self._patience)
                 await self._presence.farewell(connection)
             finally:
                 self._connection = None
+                self._there.clear()
                 await _end(beside)
+
+    async def _answer(self, topic: str, payload: bytes, *, correlation: bytes | None = None) -> None:
+        """By the connection there is, which need not be that of the question. Raises Lost."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0 if self._stopping.is_set() else ANSWER_SECONDS):
+                await self._there.wait()
+        if self._connection is None:
+            raise Lost("There is no broker.")
+        await self._connection.publish(topic, payload, correlation=correlation)
 
     async def _greet(self, connection: Connection, session: Session) -> None:
         self.counts["connections"] += 1
@@ -161,17 +174,19 @@ class Mqtt:
     # --- messages
 
     async def _take_in(self, connection: Connection, session: Session) -> None:
-        """Until the service stops. Raises Lost."""
+        """Until the service stops, be it with events that the disk did not take: the broker still has them. Raises
+        Lost."""
         while not self._stopping.is_set():
             packets = await connection.receive(self._settings.mqtt.window)
             if not packets and not self._stopping.is_set():
                 raise Lost("The broker does not answer.")
             heeded = 0
             while not await self._stored(packets, session):
-                heeded = await self._heed_all(connection, packets, heeded)  # chat goes on without the disk
-                await self._wait_for_space()
+                heeded = await self._heed_all(packets, heeded)  # chat goes on without the disk
+                if not await self._wait_for_space():
+                    return
                 packets += connection.take(self._settings.mqtt.window - len(packets))
-            await self._heed_all(connection, packets, heeded)
+            await self._heed_all(packets, heeded)
             await self._shed(connection)
             connection.acknowledge(packets)
 
@@ -194,12 +209,14 @@ class Mqtt:
             log.error("events wait", why=self._held, events=len(deliveries))
         return self._held is None
 
-    async def _wait_for_space(self) -> None:
+    async def _wait_for_space(self) -> bool:
+        """False: there is no time left to wait."""
         self._presence.changed()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), HELD_SECONDS)
         if self._stopping.is_set():
-            raise Lost("The service stops with events that could not be stored; the broker still has them.")
+            log.warning("the service stops with events that could not be stored; the broker still has them")
+        return not self._stopping.is_set()
 
     async def _shed(self, connection: Connection) -> None:
         """Note what was dropped for want of room, by user; a full disk hears of it later."""
@@ -210,20 +227,20 @@ class Mqtt:
                 await self._intake.shed(self._dropped)
                 self._dropped = Counter()
 
-    async def _heed_all(self, connection: Connection, packets: list[Packet], start: int) -> int:
+    async def _heed_all(self, packets: list[Packet], start: int) -> int:
         """Everything but events, from `start` on; how many packets are done with."""
         for packet in packets[start:]:
-            await self._heed(connection, packet)
+            await self._heed(packet)
         return len(packets)
 
-    async def _heed(self, connection: Connection, packet: Packet) -> None:
+    async def _heed(self, packet: Packet) -> None:
         """Whatever is not an event."""
         topic = self._topics.read(packet.topic)
         if packet.retained and packet.payload:
             await self._find(packet, topic)
         elif isinstance(topic, ChatTopic):
             await self._talk.room()
-            self._talk.hear(topic.user, packet, connection.publish)
+            self._talk.hear(topic.user, packet, self._answer)
         elif isinstance(topic, TrainTopic) and packet.payload:  # nothing: somebody takes a stored wish back
             await self._train(topic.user)
             self._presence.changed()

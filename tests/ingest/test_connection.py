@@ -14,7 +14,7 @@ from broker import PASSWORD, Mosquitto, free_port, mosquitto
 from live import Live, Start, connected
 
 from persona.errors import ConfigurationError
-from persona.ingest import connection
+from persona.ingest import connection, discovery
 from persona.settings import Mqtt
 
 EVENT = "persona/u/{}/events/{}"
@@ -85,6 +85,10 @@ async def test_threat_23_events_that_a_full_disk_refused_come_again_after_a_stop
     await tell(broker, *({"id": number, "text": "x" * 3000} for number in range(30)))
     await trouble(live, "full")
     await live.stack.aclose()  # the service stops with events that it could not store
+    async with broker.client("homeassistant") as client:
+        await client.subscribe("persona/svc/status")
+        async with asyncio.timeout(10):
+            assert (await anext(aiter(client.messages))).payload == discovery.OFFLINE.encode()
     again = await connected(await start(mqtt=broker.settings()))
     await counted(again, "stored", 1)
     async with asyncio.timeout(15):

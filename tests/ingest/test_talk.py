@@ -8,7 +8,7 @@ from typing import Any
 
 import aiomqtt
 import pytest
-from broker import Mosquitto
+from broker import PASSWORD, Mosquitto
 from live import Start
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -270,3 +270,20 @@ async def test_a_device_of_mqtt_311_is_served_as_well(begin: Start, broker: Mosq
     async with talker(broker, protocol=aiomqtt.ProtocolVersion.V311) as ann:
         answer = await ann.answer({"text": "hi", "correlation": 1})
     assert (said(answer), answer["correlation"]) == ("Old but good.", 1)
+
+
+async def test_an_answer_goes_out_by_the_connection_there_is(begin: Start, broker: Mosquitto) -> None:
+    """That of the question is gone: a stranger took our name while the reply was made."""
+    live = await begin(ScriptedEngine("word " * 40, delay=0.05))
+    identifier = live.services.settings.mqtt_client.read_text().split()[0]
+    options: Any = {"username": "persona", "password": PASSWORD.format("persona"), "identifier": identifier}
+    async with talker(broker) as ann:
+        await ann.ask({"text": "talk", "correlation": 1})
+        await asyncio.sleep(0.5)
+        async with aiomqtt.Client("127.0.0.1", broker.port, **options):
+            await asyncio.sleep(0.2)
+        assert live.house.mqtt is not None
+        answer = (await ann.hear())[1]
+        assert (said(answer), answer["correlation"]) == ("word " * 40, 1)
+        assert live.house.mqtt.counts["connections"] > 1
+        await ann.silence()

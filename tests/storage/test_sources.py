@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from arriving import NOW, refused, store, told
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import sources
-from storage.sources import GAPS, MOST, RESTART
+from storage.sources import GAPS, MOST, RESTART, SOURCES
 
 
 def after(*numbers: int) -> tuple[int | None, int]:
@@ -105,8 +106,21 @@ async def test_a_source_that_is_silent_for_long_is_known_by_its_last_time(events
 
 async def test_huge_numbers_of_many_sources_do_not_overflow_the_sum(events, ann):
     for seq in (0, 2**53 - 1):
-        await store(events, *(told(ann, "m", source=f"s{at}", seq=seq, id=f"{at}/{seq}") for at in range(1100)))
-    assert await events.missing() == 1100 * MOST
+        await store(events, *(told(ann, "m", source=f"s{at}", seq=seq, id=f"{at}/{seq}") for at in range(900)))
+    assert await events.missing() == 900 * MOST
+
+
+async def test_threat_19_a_device_that_names_itself_anew_each_time_fills_no_table(events, ann, bob):
+    await store(events, told(bob, "m", source="lamp", seq=1))
+    await store(events, told(ann, "m", source="lamp", seq=1), now=NOW)
+    for at in range(4):
+        now = NOW + timedelta(minutes=at)
+        await store(events, *(told(ann, "m", source=f"{at}-{name}", seq=1) for name in range(300)), now=now)
+        await store(events, told(ann, "m", source="lamp", seq=2 + at), now=now)
+    known = {one.source for one in await events.sources(ann.id)}
+    assert len(known) <= SOURCES + 1
+    assert {"lamp", "3-0", "3-299"} <= known
+    assert [one.source for one in await events.sources(bob.id)] == ["lamp"]
 
 
 async def test_threat_21_a_shuffled_stream_leaves_no_gap(events, ann):
