@@ -68,6 +68,12 @@ def refusal(request: web.Request, error: PersonaError) -> web.Response:
     return response
 
 
+async def harden(request: web.Request, response: web.StreamResponse) -> None:
+    """No answer is a page, be it opened in a browser: what stands in it is data."""
+    response.headers["x-content-type-options"] = "nosniff"
+    response.headers["content-security-policy"] = "default-src 'none'; frame-ancestors 'none'; sandbox"
+
+
 def route_of(request: web.Request) -> str:
     """The template that matched, or a word for none: fit for logs and labels."""
     resource = request.match_info.route.resource
@@ -89,7 +95,6 @@ async def _respond(request: web.Request, handler: Handler) -> web.StreamResponse
         response = refusal(request, unexpected(request, error))
     if not response.prepared:
         response.headers["x-request-id"] = request[REQUEST_ID]
-        response.headers["x-content-type-options"] = "nosniff"
         response.headers.setdefault("cache-control", "no-store")
     return response
 

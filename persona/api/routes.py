@@ -105,4 +105,5 @@ def _application(
     application = web.Application(middlewares=middlewares)
     application[SERVICES] = services
     application.add_routes(routes)
+    application.on_response_prepare.append(errors.harden)
     return application

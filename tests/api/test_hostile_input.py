@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -424,3 +425,53 @@ def test_threat_16_any_value_of_a_known_field_is_taken_or_refused_by_name(name: 
     with contextlib.suppress(RequestError):
         ask = chat_openai.understand(decode(body, chat_openai.Completion), LIMITS)
         assert ask.messages[-1].role is Role.USER
+
+
+SCRIPT = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+async def test_threat_31_no_answer_is_a_page_whatever_stands_in_it(start: Start) -> None:
+    """There is no page of ours, and nothing that a browser opens may become one: not a chat, an event, or an error."""
+    live = await start(ScriptedEngine(SCRIPT))
+    key, hi = await live.key(), [{"role": "user", "content": SCRIPT}]
+    headers = {"Authorization": f"Bearer {key}", "Accept": "text/html"}
+    asked: list[tuple[str, str, Any]] = [
+        ("POST", "/v1/chat/completions", {"model": "persona", "messages": hi}),
+        ("POST", "/v1/chat/completions", {"model": "persona", "messages": hi, "stream": True}),
+        ("POST", "/api/chat", {"model": "persona", "messages": hi}),
+        ("POST", "/v1/me/events/message", {"text": SCRIPT, "source": "<b>bell</b>"}),
+        ("POST", f"/v1/me/events/{quote(SCRIPT, safe='')}", {"text": SCRIPT}),
+        ("GET", "/v1/me/history", None),
+        ("GET", "/v1/me/events", None),
+        ("GET", f"/key/{key}/{quote(SCRIPT)}", None),
+        ("GET", f"/{quote(SCRIPT)}", None),
+        ("GET", "/", None),
+        ("GET", "/ready", None),
+    ]
+    said = ""
+    for method, path, body in asked:
+        async with live.http.request(method, path, json=body, headers=headers) as answer:
+            said += await answer.text()
+            assert answer.content_type in (
+                "application/json",
+                "text/event-stream",
+                "application/x-ndjson",
+                "text/plain",
+            )
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert "default-src 'none'" in answer.headers["content-security-policy"]
+            assert "set-cookie" not in answer.headers  # so nothing that another site has a browser send names anybody
+            assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+    assert said.count("<script>") >= 4
+
+
+async def test_threat_31_another_sites_script_gets_no_answer(live: Live) -> None:
+    """It has no key, and no leave to send one along."""
+    site = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    wish = {**site, "Access-Control-Request-Headers": "authorization"}
+    async with live.http.options("/v1/chat/completions", headers=wish) as answer:
+        assert answer.status == 401
+        assert "Access-Control-Allow-Origin" not in answer.headers
+    async with live.http.post("/v1/chat/completions", data="{}", headers=site) as answer:
+        assert answer.status == 401
+    assert live.engine.requests == []

@@ -445,7 +445,7 @@ def test_the_budget_of_tokens_ends_the_passes(models: Models, tmp_path: Path) ->
     assert steps[-1].done
 
 
-def test_serving_steps_interleave_with_slices(models: Models, tmp_path: Path) -> None:
+def test_threat_15_serving_steps_interleave_with_slices(models: Models, tmp_path: Path) -> None:
     bench = Bench(models)
     wanted = bench.alone(some_tokens(10), None, 100)
     job = bench.train(request(tmp_path, learnable(40), passes=20))
