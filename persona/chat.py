@@ -107,11 +107,14 @@ class Chat:
         self.running: set[Reply] = set()
         self.disk_full = False  # the last write found no space
         self._schemas = Schemas()
+        self._gone: set[UserId] = set()  # who were forgotten: their ids are never given again
         self._closing = False
 
     async def removed(self, user_id: UserId, numbers: object) -> None:
-        """Something of a user was deleted."""
+        """Something of a user was deleted, or the user: then nothing is answered any more, whoever knew the key."""
         self._schemas.forget()
+        if numbers is None:
+            self._gone.add(user_id)
 
     @property
     def limits(self) -> Limits:
@@ -155,6 +158,8 @@ class Chat:
 
     def _begin(self, caller: Caller, ask: Ask, sheets: Sequence[Sheet]) -> Choices:
         """Start the replies, sheet by sheet, a few at once: a long list of prompts must not fill the engine's queue."""
+        if caller.user.id in self._gone:  # while the body arrived, say
+            raise NotFound("There is no such user.")
         mail: Mail = asyncio.Queue()
         each = [sheet for sheet in sheets for _ in range(ask.choices)]
         made = [Reply(caller, ask, sheet, index, mail) for index, sheet in enumerate(each)]
@@ -332,7 +337,7 @@ class Chat:
             ),
             facts=facts,
             states=states,
-            think=ask.think,
+            think=False if ask.sampling.grammar else ask.think,  # a thought would not be of the form
         )
 
     def _room(self, ask: Ask) -> int:
@@ -436,7 +441,7 @@ class Chat:
             reply.turn = await self._history.reply(
                 user.id,
                 placement,
-                reply.text,
+                reply.answer,
                 finish=finish,
                 version=reply.version.number if reply.version else None,
                 now=self._clock(),
@@ -479,7 +484,7 @@ def is_task(messages: tuple[Message, ...]) -> bool:
 
 def is_foreign(messages: tuple[Message, ...]) -> bool:
     """Whether what stands in the user's role is, wholly or for the most part, not the user's."""
-    return is_task(messages) or bool(messages and _documents(messages[-1].text))
+    return is_task(messages) or any(message.role is Role.USER and _documents(message.text) for message in messages)
 
 
 def require_question(messages: tuple[Message, ...]) -> None:

@@ -96,8 +96,9 @@ class Reply:
         self._said: list[str] = []
         self._answer: list[str] = []
         self._thought: list[str] = []
-        self._thoughts = Thoughts(thinking=sheet.prompt.thinking)
-        self._ear = Ear(thinking=sheet.prompt.thinking) if ask.tools else None
+        thinking = sheet.prompt.thinking and not ask.sampling.grammar
+        self._thoughts = Thoughts(thinking=thinking)
+        self._ear = Ear(thinking=thinking) if ask.tools else None
         # Never longer than max_tokens, because the engine sends at most one piece a token.
         self._mail: Mail = mail or asyncio.Queue()
 

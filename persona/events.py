@@ -120,7 +120,9 @@ class Intake:
         """Store a batch in its order; what became of each. Raises StorageFull or Busy: bring it again."""
         now = self._clock()
         people = await self._people(deliveries)
-        again = [replace(one, again=one.again or one.digest in self._half) for one in deliveries]
+        again = deliveries
+        if self._half:
+            again = [replace(one, again=one.again or one.digest in self._half) for one in deliveries]
         arrived = await asyncio.to_thread(lambda: [self._arrived(one, people, now) for one in again])
         try:
             outcomes = await self._store(arrived, now)
@@ -300,7 +302,8 @@ class Intake:
             kind = one.content.kind
             sentence = f"Storing it failed with {type(error).__name__}."
             letter = Letter(one.user_id, one.user, kind, "", Reason.INTERNAL, sentence, one.payload, now)
-            return (await self._store([Arrived(one.user_id, letter, one.user)], now))[0]
+            told = Arrived(one.user_id, letter, one.user, delivery=one.delivery, again=one.again)
+            return (await self._store([told], now))[0]
 
     def _count(self, arrived: Sequence[Arrived], outcomes: Sequence[Outcome]) -> None:
         for one, outcome in zip(arrived, outcomes, strict=True):

@@ -1,4 +1,4 @@
-"""Uploaded history: each item is stored once, under its own id or, without one, under its time, who said it, and text.
+"""Uploaded history: each item is stored once, under its own id or, without one, under its time and text.
 
 A deleted item does not come back with the next upload. Times in the future are set to now.
 """
@@ -54,8 +54,7 @@ class ImportItem:
 
     def key(self, salt: bytes) -> bytes:
         """What makes two items of a user the same."""
-        said = "text" if self.role is Role.USER else f"text of {self.role}"
-        named = f"id\0{self.id}" if self.id else f"{said}\0{self.ts.astimezone(UTC).isoformat()}\0{self.text}"
+        named = f"id\0{self.id}" if self.id else f"text\0{self.ts.astimezone(UTC).isoformat()}\0{self.text}"
         return hashlib.sha256(salt + named.encode("utf-8", "surrogatepass")).digest()
 
 

@@ -37,9 +37,13 @@ async def best(
     """`limit` entries that hold any of the `words.phrases`, best first; among equals the newest."""
     if not phrases:
         return []
-    newest = sa.select(entries.c.tokens).where(entries.c.user_id == user_id).order_by(entries.c.id.desc())
-    window = newest.limit(_WINDOW).subquery()
-    columns = sa.func.count().label("entries"), sa.func.avg(window.c.tokens).label("tokens")
+    newest = sa.select(entries.c.id, entries.c.tokens).where(entries.c.user_id == user_id)
+    window = newest.order_by(entries.c.id.desc()).limit(_WINDOW).subquery()
+    columns = (
+        sa.func.count().label("entries"),
+        sa.func.avg(window.c.tokens).label("tokens"),
+        sa.func.min(window.c.id).label("first"),
+    )
     everything = (await connection.execute(sa.select(*columns))).one()
     below = _LAST if before is None else before
     found = await connection.execute(fulltext.hits(user_id, phrases, below, _MOST))
@@ -47,7 +51,8 @@ async def best(
     scores: defaultdict[int, float] = defaultdict(float)
     for row in found:
         ids, lengths = json.loads(row.ids), json.loads(row.tokens)
-        rarity = math.log(1 + (everything.entries - len(ids) + 0.5) / (len(ids) + 0.5))
+        held = sum(entry_id >= everything.first for entry_id in ids)
+        rarity = math.log(1 + (everything.entries - held + 0.5) / (held + 0.5))
         weights |= {length: _weight(length / (everything.tokens or 1.0)) for length in {*lengths} - weights.keys()}
         for entry_id, length in zip(ids, lengths, strict=True):
             scores[entry_id] += rarity * weights[length]

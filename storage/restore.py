@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -188,7 +188,7 @@ def _deleted(connection: sa.Connection) -> Iterator[tuple[int, bytes]]:
         yield row.user_id, row.digest
 
 
-def _back(connection: sa.Connection, deleted: set[tuple[int, bytes]]) -> int:
+def _back(connection: sa.Connection, deleted: Sequence[tuple[int, bytes]]) -> int:
     """How many entries of this database another one saw deleted."""
     count = 0
     for user_id, digest in deleted:
@@ -211,13 +211,18 @@ def _record(database: Path, known: _Known, places: dict[str, datetime]) -> tuple
             connection.execute(sa.insert(backups), rows)
         since = sorted(known.stones - set(_stones(connection)), key=lambda stone: stone[2])
         if since:
-            told = [{"salt": salt, "digest": digest, "created": created} for salt, digest, created in since]
-            connection.execute(sa.insert(tombstones), told)
+            buried_since = [{"salt": salt, "digest": digest, "created": created} for salt, digest, created in since]
+            connection.execute(sa.insert(tombstones), buried_since)
         for digest, revoked in known.revoked.items():
             valid = (keys.c.digest == digest) & keys.c.revoked.is_(None)
             connection.execute(sa.update(keys).where(valid).values(revoked=revoked))
-        deleted = _back(connection, known.deleted - set(_deleted(connection)))
         names = connection.execute(sa.select(users.c.name).order_by(users.c.id)).scalars().all()
+        here = set(connection.execute(sa.select(users.c.id)).scalars())
+        gone = sorted({one for one in known.deleted if one[0] in here} - set(_deleted(connection)))
+        deleted = _back(connection, gone)
+        if gone:  # for the next restore to know, if this one is cut short
+            told = [{"user_id": user_id, "digest": digest} for user_id, digest in gone]
+            connection.execute(sa.insert(deletions), told)
     files.sync(database)
     return tuple(name for name in names if any(buried(salt, digest, name) for salt, digest, _ in since)), deleted
 

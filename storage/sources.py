@@ -58,12 +58,12 @@ async def note(connection: Transaction, seen: Sequence[Seen], now: datetime) -> 
             new.append({"user_id": place[0], "source": place[1]} | values)
     if new:
         await connection.execute(sa.insert(sources), new)
-        for owner in {place[0] for place in groups if place not in known}:
-            await _forget_silent(connection, owner)
     if newer:
         this = (sources.c.user_id == sa.bindparam("user")) & (sources.c.source == sa.bindparam("its"))
         changed: dict[str, Any] = {name: sa.bindparam(f"new_{name}") for name in (*_COUNTED, "last")}
         await connection.execute(sa.update(sources).where(this).values(changed), newer)
+    for owner in {place[0] for place in groups if place not in known}:
+        await _forget_silent(connection, owner)
 
 
 async def _forget_silent(connection: Transaction, user_id: UserId) -> None:

@@ -70,7 +70,7 @@ async def salt(connection: Transaction, user_id: UserId) -> bytes:
 
 
 def mark(salt: bytes, digest: bytes) -> bytes:
-    """By which a deleted turn is known wherever it stands: nobody can tell its words from it."""
+    """By which a deleted turn is known wherever it stands. Its words can only be guessed, by who has the salt."""
     return link(salt, digest)
 
 
@@ -112,6 +112,8 @@ async def _middle(
     best = None
     for chain in (*chains, *gone):
         path = await _look_up(connection, user_id, [chain, *identity.links(chain, turns[1:])])
+        if conversation and any(row is not None and row.conversation != conversation for row in path.rows):
+            continue
         if path.seen > max(1, best.seen if best else 0):
             best = path
     return best

@@ -38,7 +38,7 @@ from storage.whole import in_thread
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TOUCH = timedelta(minutes=1)
-_PATIENCE = 1.0  # seconds that noting the use of a key may take
+_PATIENCE = 1.0  # seconds in which noting the use of a key may be tried once more; one try waits five for a lock
 
 
 @dataclass(frozen=True, slots=True)

@@ -471,6 +471,13 @@ async def test_a_question_about_documents_is_personal_and_its_documents_are_nobo
         assert [text for _, text in await it.told()] == ["My kitchen has a green kettle", "Hello."]
 
 
+async def test_documents_are_nobodys_words_while_tools_are_called_too(room: Open) -> None:
+    async with room() as it:
+        tool = (Message(Role.USER, DOCUMENTS), Message(Role.ASSISTANT, "I look."), Message(Role.TOOL, "42"))
+        await it.say("unused", messages=tool)
+        assert await it.told() == []
+
+
 def test_documents_end_before_the_question() -> None:
     assert DOCUMENTS[_documents(DOCUMENTS) :].strip() == "What is wrong in my kitchen?"
     for text in ("<context>a</context> b", "### Task:\nno <context>", "### Task:\n</context> <context>", "### Task: "):
@@ -487,6 +494,16 @@ async def test_a_reply_that_finds_the_database_locked_is_a_reply_all_the_same(ro
         it.history.reply = locked  # type: ignore[method-assign]
         reply = await it.say("hi")
         assert (reply.text, reply.finish, reply.recorded) == ("Hello.", Finish.STOP, False)
+
+
+@pytest.mark.parametrize("model", ["base", "persona"])
+async def test_threat_32_who_was_forgotten_while_the_request_arrived_gets_no_answer(room: Open, model: str) -> None:
+    async with room() as it:
+        it.database.on_removed(it.chat.removed)
+        await Users(it.database).forget(it.user_id)
+        with pytest.raises(NotFound):
+            await it.reply("hi", model=model)
+        assert it.engine.requests == []
 
 
 async def test_thoughts_are_not_stored(room: Open) -> None:

@@ -3,6 +3,7 @@
 However the handler ends, the replies end with it: a client that leaves frees the engine within a step.
 """
 
+import asyncio
 import secrets
 from typing import Any
 
@@ -33,8 +34,12 @@ async def _whole(request: web.Request, choices: Choices) -> web.Response:
     while not choices.ended:
         await choices.next()
     deps = services(request)
-    answer = chat_openai.completion(choices.replies, _head(deps, choices.first), deps.chat.spell)
-    return web.json_response(answer, headers=views.reply_headers(choices.first), dumps=dumps)
+    head, headers = _head(deps, choices.first), views.reply_headers(choices.first)
+
+    def written() -> str:
+        return dumps(chat_openai.completion(choices.replies, head, deps.chat.spell))
+
+    return web.json_response(text=await asyncio.to_thread(written), headers=headers)
 
 
 class _Chunks:

@@ -2,7 +2,7 @@
 
 While they wait they hold neither pages nor a lease. Before the scheduler admits anybody they ask again, in order of
 arrival, and whatever is idle gives way. But an adapter wants neighbouring pages, and in a busy engine newcomers take
-each as it comes back: who was turned away often enough keeps newcomers out until there is room. None waits for ever.
+each as it comes back: who was turned away often enough keeps newcomers out for some steps, again and again.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from persona.engine.protocol import AdapterRef, Reply
 from persona.engine.shelf import Absent, Lease
 from persona.engine.tiers import Tiers
 
-PATIENT = 500  # times that the first one finds no room before nobody else is let in: twice a step or so
+PATIENT = 256  # steps in which the first one finds no room, before nobody else is let in
+CLOSED = 128  # steps for which nobody is; then others have their turn again
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -32,28 +33,29 @@ class Awaiting:
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
         self._errands: list[Errand] = []
-        self._turned_away = 0  # so often in a row the first one found no room
+        self._blocked = False  # the first one found no room
+        self._turned_away = 0  # in so many steps in a row
 
-    @property
-    def starving(self) -> bool:
-        """Whether one has waited for room too long."""
-        return self._turned_away > PATIENT
+    def closes(self) -> bool:
+        """Once a step: whether nobody shall be let in, as one has waited for room too long."""
+        self._turned_away = self._turned_away + 1 if self._blocked else 0
+        return self._turned_away % (PATIENT + CLOSED) >= PATIENT
 
     def add(self, errand: Errand) -> None:
         self._errands.append(errand)
 
     def served(self) -> list[tuple[Errand, Lease[Resident]]]:
         """Those whose adapter is on the device now, with a lease of it. The others have theirs loaded."""
-        served, turned_away = list[tuple[Errand, Lease[Resident]]](), 0
+        served = list[tuple[Errand, Lease[Resident]]]()
+        self._blocked = False
         for errand in list(self._errands):
             found = self._tiers.hold(errand.ref)
             if found is Absent.NO_ROOM:
-                turned_away = 0 if served else self._turned_away + 1
+                self._blocked = not served
                 break
             if found is not Absent.COMING:
                 self._errands.remove(errand)
                 served.append((errand, found))
-        self._turned_away = turned_away
         return served
 
     def failed(self, ref: AdapterRef) -> list[Errand]:

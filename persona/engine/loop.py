@@ -338,7 +338,7 @@ class EngineLoop:
 
     def _plan(self) -> Plan:
         self._send_away(self._admission.late())
-        plan = self._scheduler.plan(admit=not self._awaiting.starving)
+        plan = self._scheduler.plan(admit=not self._awaiting.closes())
         self._admission.left(len(plan.admitted))
         for sequence in plan.refused:
             self._underway.refused(sequence.id, TooLarge(NEVER_FITS, code="context_length_exceeded"))

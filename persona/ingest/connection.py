@@ -87,7 +87,7 @@ class Connection:
     async def receive(self, most: int) -> list[Packet]:
         """What has arrived, at most `most`: at least one, unless interrupted. Raises Lost."""
         while not self._waiting and not self._interrupted:
-            self._demand()
+            self.demand()
             self._stirred.clear()
             await self._stirred.wait()
         return self.take(most)
@@ -140,7 +140,8 @@ class Connection:
         except aiomqtt.MqttError as error:
             raise Lost(_sentence(error)) from None
 
-    def _demand(self) -> None:
+    def demand(self) -> None:
+        """Raises Lost if it is gone."""
         gone = self._client._disconnected
         if gone.done():
             error = None if gone.cancelled() else gone.exception()

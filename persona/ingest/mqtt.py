@@ -32,6 +32,7 @@ SETTLED = 10.0  # seconds after which a connection counts as a good one
 HELD_SECONDS = 2.0  # between attempts to store what a full or busy disk refused
 STOP_SECONDS = 10.0  # for the batch under way to be stored
 ANSWER_SECONDS = 60.0  # that an answer waits for a connection
+NOTICE_SECONDS = 0.1  # between two looks whether there is another one
 
 Train = Callable[[str], Awaitable[None]]  # asks for a run of the user of that name, if they may have one
 
@@ -142,13 +143,24 @@ class Mqtt:
                 await _end(beside)
 
     async def _answer(self, topic: str, payload: bytes, *, correlation: bytes | None = None) -> None:
-        """By the connection there is, which need not be that of the question. Raises Lost."""
-        with contextlib.suppress(TimeoutError):
+        """By the connection there is, which need not be that of the question. If it breaks under the answer, by the
+        next one: better twice than never. Raises Lost."""
+        first = await self._after(None)
+        try:
+            await first.publish(topic, payload, correlation=correlation)
+        except Lost:
+            again = await self._after(first)
+            await again.publish(topic, payload, correlation=correlation)
+
+    async def _after(self, last: Connection | None) -> Connection:
+        """A connection that is not the `last` one. Raises Lost."""
+        try:
             async with asyncio.timeout(0 if self._stopping.is_set() else ANSWER_SECONDS):
-                await self._there.wait()
-        if self._connection is None:
-            raise Lost("There is no broker.")
-        await self._connection.publish(topic, payload, correlation=correlation)
+                while (found := self._connection) is None or found is last:
+                    await (self._there.wait() if found is None else asyncio.sleep(NOTICE_SECONDS))
+                return found
+        except TimeoutError:
+            raise Lost("There is no broker.") from None
 
     async def _greet(self, connection: Connection, session: Session) -> None:
         self.counts["connections"] += 1
@@ -185,13 +197,14 @@ class Mqtt:
                 heeded = await self._heed_all(packets, heeded)  # chat goes on without the disk
                 if not await self._wait_for_space():
                     return
+                connection.demand()
                 packets += connection.take(self._settings.mqtt.window - len(packets))
             await self._heed_all(packets, heeded)
             await self._shed(connection)
             connection.acknowledge(packets)
 
     async def _stored(self, packets: list[Packet], session: Session) -> bool:
-        """Have the events among `packets` committed; False if the disk takes none, and nothing has happened."""
+        """Have the events among `packets` committed; False if the disk does not take all, which then come again."""
         found = [(packet, self._topics.read(packet.topic)) for packet in packets]
         deliveries = [
             _delivery(packet, topic, session.nonce) for packet, topic in found if isinstance(topic, EventTopic)

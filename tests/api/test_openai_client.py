@@ -295,6 +295,25 @@ async def test_a_template_that_opens_the_thought_has_it_told_apart_too(start: St
     assert (answer.message.content, answer.message.thinking) == ("Hello there.", "A greeting. ")
 
 
+@pytest.mark.parametrize("limit", [2, None])
+async def test_a_thought_is_never_on_record_however_the_reply_ends(start: Start, limit: int | None) -> None:
+    live = await start(ScriptedEngine("A greeting to all. </think>\n\nHello there."), tokenizer=Thinking())
+    client = await live.openai()
+    answer = await client.chat.completions.create(model="persona", messages=HI, max_tokens=limit)
+    said = answer.choices[0].message.content
+    assert said == ("" if limit else "Hello there.")
+    assert await live.history() == [("user", "hi"), *([("assistant", said)] if said else [])]
+
+
+async def test_a_reply_of_a_form_is_no_thought(start: Start) -> None:
+    live = await start(ScriptedEngine('{"a": 1}'), tokenizer=Thinking())
+    form: Any = {"type": "json_object"}
+    client = await live.openai()
+    answer = await client.chat.completions.create(model="base", messages=HI, response_format=form)
+    assert answer.choices[0].message.content == '{"a": 1}'
+    assert ScriptedText().decode(live.engine.requests[-1].tokens).endswith("</think>\n\n")
+
+
 @pytest.mark.parametrize(
     ("wish", "thinks"),
     [

@@ -89,7 +89,7 @@ def test_a_staged_version_is_not_kept_out_by_an_endless_stream_of_requests(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes the pages of one that ended, and there are never as many neighbours as an adapter wants."""
-    monkeypatch.setattr(awaiting, "PATIENT", 60)
+    monkeypatch.setattr(awaiting, "PATIENT", 30)
     bench = Bench(models, pages=2 * ADAPTER, running=64)
     seeds = iter(range(10_000))
     jobs: list[int] = []

@@ -321,7 +321,24 @@ async def test_a_restore_says_how_many_deleted_entries_are_back(db, root, histor
     for entry in (await history.page(ann.id))[-2:]:
         await history.delete(ann.id, entry.id)
     await db.close()
-    assert restore.restore(target, db.path.parent, replace=True, now=now).deleted == 2
+    home = db.path.parent
+
+    class Cut(Exception):
+        pass
+
+    def cut(name: str) -> None:
+        if name == "restore-before-swap":
+            raise Cut
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restore, "reach", cut)
+        with pytest.raises(Cut):
+            restore.restore(target, home, replace=True, now=now)
+    assert restore.restore(target, home, replace=True, now=now).deleted == 2
+    again = await Database.open(db.path)
+    assert (await History(again).import_(ann.id, [ImportItem("four", now)], count=len, now=now)) == (0, 1)
+    await again.check()
+    await again.close()
 
 
 async def test_threat_32_who_was_forgotten_is_known_after_a_restore_that_failed(db, root, users, ann, target, now):

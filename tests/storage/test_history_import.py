@@ -135,9 +135,3 @@ async def test_an_import_for_a_forgotten_user_is_refused(history, users, ann, no
     await users.forget(ann.id)
     with pytest.raises(NotFound):
         await history.import_(ann.id, [ImportItem("late", now)], count=len, now=now)
-
-
-async def test_who_said_it_tells_two_lines_of_one_moment_apart(history, ann, now):
-    items = [ImportItem("ok", now, role=role) for role in (Role.USER, Role.ASSISTANT)]
-    assert await history.import_(ann.id, items, count=len, now=now) == (2, 0)
-    assert await history.import_(ann.id, items, count=len, now=now) == (0, 2)

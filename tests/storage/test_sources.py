@@ -115,11 +115,12 @@ async def test_threat_19_a_device_that_names_itself_anew_each_time_fills_no_tabl
     await store(events, told(ann, "m", source="lamp", seq=1), now=NOW)
     for at in range(4):
         now = NOW + timedelta(minutes=at)
-        await store(events, *(told(ann, "m", source=f"{at}-{name}", seq=1) for name in range(300)), now=now)
-        await store(events, told(ann, "m", source="lamp", seq=2 + at), now=now)
-    known = {one.source for one in await events.sources(ann.id)}
-    assert len(known) <= SOURCES + 1
-    assert {"lamp", "3-0", "3-299"} <= known
+        new = [told(ann, "m", source=f"{at}-{name}", seq=1) for name in range(300)]
+        await store(events, *new, told(ann, "m", source="lamp", seq=2 + at), now=now)
+    known = {one.source: one for one in await events.sources(ann.id)}
+    assert len(known) == SOURCES
+    assert {"lamp", "3-0", "3-299"} <= known.keys()
+    assert (known["lamp"].last_seq, known["lamp"].missing) == (5, 0)
     assert [one.source for one in await events.sources(bob.id)] == ["lamp"]
 
 

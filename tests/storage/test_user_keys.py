@@ -128,7 +128,7 @@ async def test_threat_35_the_last_use_is_shown_and_written_at_most_once_a_minute
 
 
 async def test_a_lock_that_another_program_holds_keeps_nobody_with_a_key_waiting(db, users, ann):
-    """Noting the use of the key is tried for a second, once a minute."""
+    """Noting the use of the key is tried for some seconds, once a minute."""
     _, secret = await users.add_key(ann.id)
     with contextlib.closing(sqlite3.connect(db.path)) as other:
         other.execute("BEGIN IMMEDIATE")
