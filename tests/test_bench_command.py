@@ -195,7 +195,7 @@ MISTAKES = [
     (("--out", "nowhere/lines.jsonl"), "nowhere/lines.jsonl cannot be written"),
     (("--prompt", 5), "at least"),
     (("--prompt", 500, "--reply", 100), "shorten --prompt or --reply"),
-    (("--reply", 2000), "max_tokens"),
+    (("--reply", 2000), "prompt.max_reply_tokens (1024)"),
 ]
 
 
