@@ -85,7 +85,7 @@ def bench(
     count = len(secrets) - bool(flood) if url else users or _USERS
     lengths = Range.of(prompt), Range.of(reply)
     if url is None and lengths[1].high > (most := configuration.prompt.max_reply_tokens):
-        raise RequestError(f"--reply is longer than prompt.max_reply_tokens ({most}): shorten it, or raise the setting.")
+        raise RequestError(f"--reply exceeds prompt.max_reply_tokens ({most}): shorten it, or raise the setting.")
     work = Workload(count, *lengths, alpha, rate, 1.0 if cv is None else cv, turns, flood, seed)
     sides = _sides(work, base, compare)
     wishes = run.Wishes(
