@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from persona import event, prompt
-from persona.chat import UNKNOWN_MODEL, Chat, _documents, is_task
+from persona.chat import UNKNOWN_MODEL, Chat
+from persona.chat_foreign import documents, is_task
 from persona.chat_reply import Ask, Reply
 from persona.domain import Caller, Entry, EntryId, Finish, Message, Origin, Role, User, UserId, Version, VersionState
 from persona.engine.protocol import Chunk, GenerateRequest, Sampling
@@ -479,10 +480,10 @@ async def test_documents_are_nobodys_words_while_tools_are_called_too(room: Open
 
 
 def test_documents_end_before_the_question() -> None:
-    assert DOCUMENTS[_documents(DOCUMENTS) :].strip() == "What is wrong in my kitchen?"
+    assert DOCUMENTS[documents(DOCUMENTS) :].strip() == "What is wrong in my kitchen?"
     for text in ("<context>a</context> b", "### Task:\nno <context>", "### Task:\n</context> <context>", "### Task: "):
-        assert _documents(text) == 0
-    assert _documents("### Task:\n" + "<context>" * 100_000) == 0
+        assert documents(text) == 0
+    assert documents("### Task:\n" + "<context>" * 100_000) == 0
 
 
 async def test_a_reply_that_finds_the_database_locked_is_a_reply_all_the_same(room: Open) -> None:
