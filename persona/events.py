@@ -132,7 +132,8 @@ class Intake:
         except Exception as error:
             log.error("batch of events failed", events=len(arrived), kind=type(error).__name__)
             outcomes = await self._one_by_one(arrived, now)
-        self._half = frozenset()
+        if self._half:  # of another batch, perhaps, which is still to come again
+            self._half -= {one.delivery for one in arrived if one.delivery}
         self._count(arrived, outcomes)
         return outcomes
 
@@ -144,7 +145,7 @@ class Intake:
             for one in arrived:
                 outcomes += [await self._alone(one, now)]
         except PersonaError:
-            self._half = frozenset(one.delivery for one in arrived[: len(outcomes)] if one.delivery)
+            self._half |= {one.delivery for one in arrived[: len(outcomes)] if one.delivery}
             self._share.give_back(one.user for one in arrived[len(outcomes) :] if _shared(one))
             raise
         return outcomes

@@ -365,6 +365,7 @@ async def test_threat_23_what_was_stored_before_the_disk_was_full_is_not_stored_
         with pytest.raises(StorageFull):
             await it.intake.accept(batch)
         room[0] = 100
+        assert await it.intake.accept([sent("bob", text="over HTTP meanwhile")]) == [STORED]
         assert await it.intake.accept(batch) == [DUPLICATE, DUPLICATE, STORED]
         assert await it.texts(it.ann) == ["again"] * 3
         assert await it.intake.accept([batch[0]]) == [STORED], "no repetition, as far as anybody can tell"
