@@ -12,7 +12,7 @@ import torch
 
 from persona.engine.kernels import reference
 from persona.engine.kernels.choice import Kernels, kernels
-from persona.engine.kernels.reference import DecodeRows, Piece, PromptRows
+from persona.engine.kernels.reference import DecodeRows, Piece, PromptGroups, PromptRows
 from persona.engine.memory import Memory
 from persona.engine.shape import Shape
 
@@ -61,16 +61,23 @@ def decode(q: torch.Tensor, cache: KvCache, layer: int, rows: DecodeRows) -> tor
     return attend(q, *cache.layer(layer), rows)
 
 
-def prompts(q: torch.Tensor, cache: KvCache, layer: int, rows: PromptRows) -> torch.Tensor:
-    """q: [tokens, heads, dim] → [tokens, heads · dim]."""
+def arranged(pieces: list[Piece], size: int, device: torch.device) -> PromptRows | PromptGroups:
+    """`pieces` as this device's path takes them. size: tokens of a page."""
+    return PromptGroups.of(pieces, size, device) if kernels(device.type) is None else PromptRows.of(pieces, device)
+
+
+def prompts(q: torch.Tensor, cache: KvCache, layer: int, rows: PromptRows | PromptGroups) -> torch.Tensor:
+    """q: [tokens, heads, dim] → [tokens, heads · dim]. rows: from `arranged`."""
+    if isinstance(rows, PromptGroups):
+        return reference.attend_prompts(q, *cache.layer(layer), rows)
     quick = kernels(q.device.type)
-    attend = reference.attend_prompts if quick is None else quick.attend_prompts
-    return attend(q, *cache.layer(layer), rows)
+    assert quick is not None
+    return quick.attend_prompts(q, *cache.layer(layer), rows)
 
 
 def compile_ahead(cache: KvCache, quick: Kernels, shape: Shape, dtype: torch.dtype) -> None:
     """The kernel of prompts, on one token: no step shall wait for a compiler."""
     device = cache.memory.bytes.device
-    rows = PromptRows.of([Piece(0, 1, 0, [0])], cache.size, device, masks=False)
+    rows = PromptRows.of([Piece(0, 1, 0, [0])], device)
     q = torch.zeros(1, shape.heads, shape.head_dim, dtype=dtype, device=device)
     quick.attend_prompts(q, *cache.layer(0), rows)

@@ -1,8 +1,8 @@
 """Adapters on the device, and their batched products: rows of one step may each carry another adapter, or none.
 
 Where there are kernels, decode rows of whatever ranks go through one and prompts through another, which follow
-addresses. Without, decode rows of equal shape go through one batched product, so ranks are never padded to a
-neighbour's, and each prompt has a plain product of its own. The base's product is untouched: y = base(x) + B(A x).
+addresses. Without, decode rows of adapters of one shape go through one batched product, and so do their prompts, so
+ranks are never padded to a neighbour's. The base's product is untouched: y = base(x) + B(A x).
 
     A of one layer and target: [in, rank]
     B of one layer and target: [rank, out]
@@ -19,7 +19,6 @@ from persona.engine.adapter_file import Adapter, Array
 from persona.engine.kernels.choice import Kernels
 from persona.engine.kernels.reference import BLOCK
 from persona.engine.shape import TARGETS, Shape
-from persona.engine.weights import product
 
 Factors = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
 ALIGN = 64  # bytes: a cache line, and what vector loads like best
@@ -35,6 +34,9 @@ class Resident:
 
     def nbytes(self) -> int:
         return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
+
+
+Span = tuple[int, int, Resident]  # rows of a prompt from start to end, and whose adapter they carry
 
 
 def nbytes(adapter: Adapter, shape: Shape, dtype: torch.dtype) -> int:
@@ -133,6 +135,27 @@ class _Group:
             out += torch.bmm(torch.bmm(part.to(b.dtype), a), b)
 
 
+class _Pieces:
+    """Prompts of much the same length whose adapters have one kind, each filled up with its last row: to a power of
+    two, as oneDNN compiles its products for every shape that it has not seen yet."""
+
+    def __init__(self, prompts: Sequence[Span], power: int) -> None:
+        self._stacks = _stacked([adapter for _, _, adapter in prompts])
+        device = next(iter(self._stacks.values()))[0].device
+        starts, ends = torch.tensor([(start, end) for start, end, _ in prompts], device=device).t().unsqueeze(2)
+        filled = starts + torch.arange(1 << power, device=device)
+        own = filled < ends
+        self._rows = torch.minimum(filled, ends - 1)  # [prompts, 2 ** power], of the step
+        self._own, self._places = filled[own], own.flatten().nonzero().flatten()  # [rows]: of the step, of the padded
+
+    def add(self, key: tuple[int, str], x: torch.Tensor, y: torch.Tensor) -> None:
+        """x: [tokens, in] · y: [tokens, out], changed in place at these prompts' rows."""
+        if (found := self._stacks.get(key)) is None:
+            return
+        a, b = found
+        y.index_add_(0, self._own, torch.bmm(torch.bmm(x[self._rows], a), b).flatten(0, 1)[self._places])
+
+
 class Gathered:
     """The adapters of decode rows as the kernel wants them. table: [layers · targets, rows, 3] on the device.
 
@@ -161,7 +184,7 @@ class Blocks:
     Who makes it keeps the adapters alive as long as it is used.
     """
 
-    def __init__(self, kernels: Kernels, segments: Sequence[tuple[int, int, Resident]], device: torch.device) -> None:
+    def __init__(self, kernels: Kernels, segments: Sequence[Span], device: torch.device) -> None:
         """segments: (start, end, adapter) of rows."""
         self._adapt = kernels.adapt_blocks
         some = [(at, min(BLOCK, end - at), one) for start, end, one in segments for at in range(start, end, BLOCK)]
@@ -194,10 +217,10 @@ class StepAdapters:
         self._rows: tuple[Resident | None, ...] = ()
         self._groups: list[_Group] = []
         self._gathered: Gathered | None = None
-        self._segments: list[tuple[int, int, Resident]] = []
+        self._pieces: list[_Pieces] = []
         self._blocks: Blocks | None = None
 
-    def arrange(self, decode: Sequence[Resident | None], segments: list[tuple[int, int, Resident]]) -> None:
+    def arrange(self, decode: Sequence[Resident | None], segments: list[Span]) -> None:
         """`decode`: one per row, sorted so that equal kinds are neighbours. `segments`: (start, end, adapter)."""
         rows = tuple(decode)
         if len(rows) != len(self._rows) or any(a is not b for a, b in zip(rows, self._rows, strict=True)):
@@ -206,24 +229,21 @@ class StepAdapters:
                 self._groups = _grouped(rows)
             else:
                 self._gathered = _gather(self._kernels, rows)
-        self._segments, self._blocks = segments, None
-        if self._kernels is not None and segments:
+        self._pieces, self._blocks = [], None
+        if self._kernels is None:
+            self._pieces = _pieces(segments)
+        elif segments:
             (factor, _) = next(iter(segments[0][2].factors.values()))
-            self._segments, self._blocks = [], Blocks(self._kernels, segments, factor.device)
+            self._blocks = Blocks(self._kernels, segments, factor.device)
 
     def add(self, layer: int, target: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in] · y: [tokens, out] → y with every row's adapter added, in place."""
-        key = layer, target
-        for group in self._groups:
-            group.add(key, x, y)
+        for group in self._groups + self._pieces:
+            group.add((layer, target), x, y)
         if self._gathered is not None:
             self._gathered.add(layer, target, x[: len(self._rows)], y[: len(self._rows)])
         if self._blocks is not None:
             self._blocks.add(layer, target, x, y)
-        for start, end, adapter in self._segments:
-            if key in adapter.factors:
-                a, b = adapter.factors[key]
-                y[start:end] += product(product(x[start:end], a), b)
         return y
 
 
@@ -243,21 +263,32 @@ def _grouped(rows: Sequence[Resident | None]) -> list[_Group]:
     for kind, members in groupby(rows, key=lambda row: row.kind if row else None):
         adapters = [member for member in members if member is not None]
         if kind is not None:
-            groups.append(_stack(start, adapters))
+            groups.append(_Group(start, start + len(adapters), _quick(_stacked(adapters))))
             start += len(adapters)
         else:
             break  # rows without an adapter come last
     return groups
 
 
-def _stack(start: int, adapters: list[Resident]) -> _Group:
+def _pieces(segments: Sequence[Span]) -> list[_Pieces]:
+    alike: dict[tuple[object, int], list[Span]] = {}
+    for start, end, adapter in segments:
+        alike.setdefault((adapter.kind, (end - start - 1).bit_length()), []).append((start, end, adapter))
+    return [_Pieces(some, power) for (_, power), some in alike.items()]
+
+
+def _stacked(adapters: Sequence[Resident]) -> Factors:
     stacks: Factors = {}
     for key in adapters[0].factors:
         pairs = [adapter.factors[key] for adapter in adapters]
-        stacks[key] = _quick(torch.stack([a for a, _ in pairs])), _quick(torch.stack([b for _, b in pairs]))
-    return _Group(start, start + len(adapters), stacks)
+        stacks[key] = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+    return stacks
 
 
-def _quick(stack: torch.Tensor) -> torch.Tensor:
-    """The stack in the type whose small products are quickest: on the CPU a bf16 one costs four fp32 ones."""
+def _quick(stacks: Factors) -> Factors:
+    """In the type whose products of one row are quickest: on the CPU a bf16 one costs four fp32 ones."""
+    return {key: (_wide(a), _wide(b)) for key, (a, b) in stacks.items()}
+
+
+def _wide(stack: torch.Tensor) -> torch.Tensor:
     return stack.float() if stack.device.type == "cpu" else stack

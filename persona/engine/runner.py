@@ -21,7 +21,7 @@ from persona.engine.decoder import Decoder
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels.choice import kernels
 from persona.engine.kernels.native import NativeSteps, Part
-from persona.engine.kernels.reference import DecodeRows, Piece, PromptRows
+from persona.engine.kernels.reference import DecodeRows, Piece, PromptGroups, PromptRows
 from persona.engine.lora import Resident, StepAdapters
 from persona.engine.protocol import TokenLogprob
 from persona.engine.scheduler import Plan, Segment, Sequence
@@ -135,7 +135,7 @@ class Runner:
             self._decoder.rotary(self._tensor(positions)),
             self._tensor(slots),
             rows,
-            self._prompt_rows(pieces) if pieces else None,
+            attention.arranged(pieces, self._cache.size, self._decoder.device) if pieces else None,
             self._cache,
             self._adapters,
             len(decode),
@@ -146,10 +146,6 @@ class Runner:
         used = max(s.computed // size + 1 for s in decode)
         pages = self._tensor([(s.pages[:used] + s.pages[:1] * used)[:used] for s in decode])
         return DecodeRows.of(pages, self._tensor([s.computed + 1 for s in decode]), size)
-
-    def _prompt_rows(self, pieces: list[Piece]) -> PromptRows:
-        device = self._decoder.device
-        return PromptRows.of(pieces, self._cache.size, device, masks=kernels(device.type) is None)
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         page, place = divmod(position, self._cache.size)
@@ -191,7 +187,7 @@ class _Step:
     rotary: tuple[torch.Tensor, torch.Tensor]
     slots: torch.Tensor
     decode: DecodeRows | None
-    prompts: PromptRows | None
+    prompts: PromptRows | PromptGroups | None
     cache: KvCache
     adapters: StepAdapters
     rows: int  # how many decode rows

@@ -12,7 +12,7 @@ from persona.engine.buckets import Layout
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels import reference
 from persona.engine.kernels.choice import Kernels
-from persona.engine.kernels.reference import BLOCK, FEW, QUERIES, DecodeRows, Piece, PromptRows
+from persona.engine.kernels.reference import BLOCK, FEW, QUERIES, DecodeRows, Piece, PromptGroups, PromptRows
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Plan, Segment
 from persona.engine.shape import TARGETS
@@ -81,7 +81,7 @@ def prompt_attention_error(bench: Bench) -> float:
         for number, first in enumerate((0, PAGE - 1, longest))
     ]
     q = bench.random(3 * count, shape.heads, shape.head_dim)
-    plain, ours = (PromptRows.of(pieces, PAGE, bench.device, masks=masks) for masks in (True, False))
+    plain, ours = PromptGroups.of(pieces, PAGE, bench.device), PromptRows.of(pieces, bench.device)
     wanted = reference.attend_prompts(q.float(), keys.float(), values.float(), plain)
     return share(bench.kernels.attend_prompts(q, keys, values, ours), wanted)
 

@@ -12,7 +12,7 @@ from persona.engine.buckets import Layout
 from persona.engine.decoder import Decoder
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels import reference
-from persona.engine.kernels.reference import DecodeRows, Piece, PromptRows
+from persona.engine.kernels.reference import DecodeRows, Piece, PromptGroups, PromptRows
 from persona.engine.lora import Blocks, Gathered, Resident
 from persona.engine.runner import Runner
 from persona.engine.scheduler import Plan
@@ -118,11 +118,14 @@ def prompt_attention_speed(bench: Bench, base: Decoder, tokens: int = 256) -> No
                 Piece(at * rows, at * rows + rows, length, list(range(at * needed, at * needed + needed)))
                 for at in range(count)
             ]
-            seen, plain = (PromptRows.of(pieces, PAGE, bench.device, masks=masks) for masks in (False, True))
+            seen, plain = PromptRows.of(pieces, bench.device), PromptGroups.of(pieces, PAGE, bench.device)
             q = torch.randn(tokens, shape.heads, shape.head_dim, dtype=base.dtype, device=bench.device)
 
             def over(
-                attend: Callable[..., torch.Tensor], rows: PromptRows, q: torch.Tensor = q, store: KvCache = store
+                attend: Callable[..., torch.Tensor],
+                rows: PromptRows | PromptGroups,
+                q: torch.Tensor = q,
+                store: KvCache = store,
             ) -> torch.Tensor:
                 return [attend(q, *store.layer(layer), rows) for layer in range(shape.layers)][-1]
 

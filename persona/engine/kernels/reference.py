@@ -59,34 +59,73 @@ class PromptRows:
     """Pieces of prompts, a few rows of one piece at a time.
 
     pages: [pieces, n], short ones padded with any page · blocks: int32 [blocks, 4]: first row, rows (≤ QUERIES),
-    position of the first, piece · masks: of each piece [rows, n · size], True where seen; empty where kernels do it
+    position of the first, piece
     """
 
-    pieces: list[Piece]
     pages: torch.Tensor
     blocks: torch.Tensor
-    masks: list[torch.Tensor]
 
     @classmethod
-    def of(cls, pieces: list[Piece], size: int, device: torch.device, *, masks: bool) -> "PromptRows":
-        most = max(len(piece.pages) for piece in pieces)
-        pages = [(piece.pages + piece.pages[:1] * most)[:most] for piece in pieces]
+    def of(cls, pieces: list[Piece], device: torch.device) -> "PromptRows":
         blocks = [
             (at, min(QUERIES, piece.end - at), piece.first + at - piece.start, number)
             for number, piece in enumerate(pieces)
             for at in range(piece.start, piece.end, QUERIES)
         ]
-        return cls(
-            pieces,
-            torch.tensor(pages, dtype=torch.int64, device=device),
-            torch.tensor(blocks, dtype=torch.int32, device=device),
-            [_mask(piece, size, device) for piece in pieces] if masks else [],
-        )
+        return cls(_pages(pieces, device), torch.tensor(blocks, dtype=torch.int32, device=device))
 
 
-def _mask(piece: Piece, size: int, device: torch.device) -> torch.Tensor:
-    positions = torch.arange(piece.first, piece.first + piece.end - piece.start, device=device)
-    return torch.arange(len(piece.pages) * size, device=device) <= positions[:, None]
+class Alike(NamedTuple):
+    """Pieces of much the same size, each padded to the longest and its keys to the most pages.
+
+    pages: [pieces, n] · rows: [pieces, longest], a piece's last row for what it lacks ·
+    mask: [pieces, 1, longest, n · size], True where seen
+    """
+
+    pages: torch.Tensor
+    rows: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, pieces: list[Piece], size: int, device: torch.device) -> "Alike":
+        pages = _pages(pieces, device)
+        starts, ends, firsts = torch.tensor([piece[:3] for piece in pieces], device=device).unsqueeze(2).unbind(1)
+        rows = torch.minimum(starts + torch.arange(int((ends - starts).max()), device=device), ends - 1)
+        seen = torch.arange(pages.shape[1] * size, device=device) <= (rows - starts + firsts)[:, :, None]
+        return cls(pages, rows, seen.unsqueeze(1))
+
+
+@dataclass(frozen=True, slots=True)
+class PromptGroups:
+    """Pieces of prompts for plain torch: as many products as there are sizes, by powers of two, not pieces.
+
+    places: [tokens], of each row among the groups' rows, one group after the other
+    """
+
+    groups: list[Alike]
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, pieces: list[Piece], size: int, device: torch.device) -> "PromptGroups":
+        sizes: dict[tuple[int, int], list[Piece]] = {}
+        for piece in pieces:
+            sizes.setdefault((_power(piece.end - piece.start), _power(len(piece.pages))), []).append(piece)
+        groups = [Alike.of(some, size, device) for some in sizes.values()]
+        rows = torch.cat([group.rows.flatten() for group in groups])
+        places = torch.empty(max(piece.end for piece in pieces), dtype=torch.int64, device=device)
+        places[rows] = torch.arange(len(rows), device=device)
+        return cls(groups, places)
+
+
+def _pages(pieces: list[Piece], device: torch.device) -> torch.Tensor:
+    """[pieces, n]: short ones padded with their first page."""
+    most = max(len(piece.pages) for piece in pieces)
+    pages = [(piece.pages + piece.pages[:1] * most)[:most] for piece in pieces]
+    return torch.tensor(pages, dtype=torch.int64, device=device)
+
+
+def _power(number: int) -> int:
+    return (number - 1).bit_length()
 
 
 def gathered(pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -102,16 +141,15 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Deco
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=rows.mask).reshape(q.shape[0], -1)
 
 
-def attend_prompts(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: PromptRows) -> torch.Tensor:
+def attend_prompts(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: PromptGroups) -> torch.Tensor:
     """q: [tokens, heads, dim] → [tokens, heads · dim]. Each token sees those before it in its sequence, and itself."""
     parts = []
-    for number, (piece, mask) in enumerate(zip(rows.pieces, rows.masks, strict=True)):
-        pages = rows.pages[number : number + 1, : len(piece.pages)]
-        k, v = gathered(keys, pages), gathered(values, pages)
-        query = q[piece.start : piece.end].transpose(0, 1).unsqueeze(0)
-        found = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, enable_gqa=True)
-        parts.append(found.squeeze(0).transpose(0, 1).reshape(piece.end - piece.start, -1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    for group in rows.groups:
+        k, v = gathered(keys, group.pages), gathered(values, group.pages)
+        query = q[group.rows].transpose(1, 2)
+        found = F.scaled_dot_product_attention(query, k, v, attn_mask=group.mask, enable_gqa=True)
+        parts.append(found.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[rows.places].flatten(1)
 
 
 def adapt(x: torch.Tensor, y: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:

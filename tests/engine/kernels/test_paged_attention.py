@@ -9,7 +9,7 @@ import torch
 
 from persona.engine.kernels import reference
 from persona.engine.kernels.choice import Kernels
-from persona.engine.kernels.reference import QUERIES, DecodeRows, Piece, PromptRows
+from persona.engine.kernels.reference import QUERIES, DecodeRows, Piece, PromptGroups, PromptRows
 
 SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8, torch.float16: 3 * 2**-11}
@@ -82,13 +82,14 @@ class Prompts:
         self.q = (2 * random(start, heads, dim)).to(dtype)
         self.size = size
 
-    def rows(self, *, masks: bool) -> PromptRows:
-        return PromptRows.of(self.pieces, self.size, self.q.device, masks=masks)
+    def rows(self) -> PromptRows:
+        return PromptRows.of(self.pieces, self.q.device)
 
     def check(self, kernels: Kernels) -> torch.Tensor:
-        found = kernels.attend_prompts(self.q, self.pool.keys, self.pool.values, self.rows(masks=False))
+        found = kernels.attend_prompts(self.q, self.pool.keys, self.pool.values, self.rows())
         assert found.dtype == self.q.dtype
-        close(found, reference.attend_prompts(self.q.float(), *self.pool.plain, self.rows(masks=True)))
+        groups = PromptGroups.of(self.pieces, self.size, self.q.device)
+        close(found, reference.attend_prompts(self.q.float(), *self.pool.plain, groups))
         return found
 
 
@@ -148,7 +149,7 @@ def test_a_token_is_the_same_in_pieces_of_any_length_whoever_stands_beside_it(ke
     together, pages = case.check(kernels), case.pool.pages[0]
     for cut in (1, 64, 71):
         some = [Piece(0, cut, 0, pages), Piece(cut, 100, cut, pages)]
-        rows = PromptRows.of(some, SIZE, case.q.device, masks=False)
+        rows = PromptRows.of(some, case.q.device)
         found = kernels.attend_prompts(case.q[:100], case.pool.keys, case.pool.values, rows)
         assert torch.equal(found, together[:100])
 
@@ -157,6 +158,6 @@ def test_what_is_not_finite_in_a_prompt_is_not_seen_by_others(kernels: Kernels) 
     case = Prompts([(0, 20), (0, 30)], 4, 2, 64, torch.float32)
     sound = case.check(kernels)
     case.pool.keys[case.pool.pages[0][1], 0] = case.pool.values[case.pool.pages[0][1], 0] = torch.nan
-    found = kernels.attend_prompts(case.q, case.pool.keys, case.pool.values, case.rows(masks=False))
+    found = kernels.attend_prompts(case.q, case.pool.keys, case.pool.values, case.rows())
     assert torch.equal(found[20:], sound[20:])
     assert found[SIZE:20].isnan().all()
