@@ -136,6 +136,8 @@ async def _measure(configuration: Settings, wishes: Wishes, found: Found) -> Non
                 finally:
                     if run.found.outcomes:
                         _note(found, side, number + 1, run, measured)
+                if not run.found.outcomes:
+                    raise PersonaError("Nobody asked within --seconds: raise --rate, or measure for longer.")
 
 
 def _note(found: Found, side: Side, number: int, run: Run, measured: "Measurable") -> None:
@@ -175,6 +177,7 @@ async def _service(configuration: Settings, wishes: Wishes) -> AsyncIterator[Mea
         keys, corrupt = await _people(house, wishes)
         health = await house.services.engine.health()
         about = {name: getattr(health, name) for name in ("model", "device", "weights", "base")}
+        about |= {"patience_seconds": configuration.engine.patience_seconds}
         async with Target.open(house.url, keys) as target:
             yield Measurable(target, about, corrupt)
 

@@ -57,7 +57,10 @@ class Engine(Section):
     host_mb: int = Field(256, ge=1, description="budget for adapters kept in RAM as they are stored, in MiB")
     prefill_tokens: int = Field(256, ge=16, description="prompt tokens computed in one step")
     patience_seconds: float = Field(
-        60.0, gt=0, description="time within which a request must get its turn; one that would not is answered 503"
+        60.0,
+        gt=0,
+        description="time within which a request must get its turn, else it is answered 503: how late a first token may"
+        " be",
     )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores")
     native: bool = Field(

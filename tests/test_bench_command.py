@@ -108,6 +108,13 @@ def test_a_flood_and_corrupt_adapters_are_told_of_apart_and_hurt_nobody_else(per
     assert told["corrupt_users"]["errors"] == {}, "who loses an adapter is answered by the base"
 
 
+def test_a_time_in_which_nobody_asks_is_no_measurement(persona: Command) -> None:
+    result = persona("--users", 2, "--rate", 0.001, "--seconds", 0.2, *SMALL, "--json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "Nobody asked within --seconds" in result.stderr
+
+
 def test_the_bare_base_is_measured_without_adapters_and_people_read_a_table(persona: Command) -> None:
     result = persona("--base", "--users", 2, "--requests", 3, *SMALL)
     assert result.exit_code == 0, result.output

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/bench/engine.py [--rounds 5] [--tokens 48] [--only PART]
 
-Runs the real engine process on the embedded model and prints one JSON line a measure. Two things that are compared
+Runs the real engine process on the configured model and prints one JSON line a measure. Two things that are compared
 run in turn, in one process; figures are medians. Nothing else should use the machine meanwhile.
 """
 
@@ -332,7 +332,7 @@ async def main() -> None:
     options = parser.parse_args()
     settings = load()
     weights = device.choose(settings.model).weights
-    prepared = prepare.fetch(prepare.EMBEDDED, settings.cache, weights, lambda _, __: None)
+    prepared = prepare.fetch(settings.model.name, settings.cache, weights, lambda _, __: None)
     engine = LocalEngine(settings, prepared)
     started = time.perf_counter()
     await engine.start()

@@ -4,7 +4,9 @@
 
 prints one JSON line a figure and appends a dated section to docs/BENCHMARKS.md. Weights are random. What disagrees with
 plain torch ends it before anything is timed. Kernels are timed as CUDA graphs over all layers, so that neither launches
-nor a cache that holds one layer's matrix spoil a figure; decode steps end with an argmax and without sampling.
+nor a cache that holds one layer's matrix spoil a figure; decode steps end with an argmax and without sampling. Then the
+whole service and the engine's process run on a prepared model of that shape (gpu_service.py), which needs 15 GB of disk
+below TMPDIR.
 
     TRITON_INTERPRET=1 make bench-gpu ARGS=--tiny
 
@@ -14,9 +16,11 @@ runs the same on a tiny shape on the CPU, in Triton's interpreter, to try this f
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import gpu_right
+import gpu_service
 import gpu_speed
 import torch
 from gpu_bench import Bench, path
@@ -24,6 +28,8 @@ from gpu_model import EIGHT_B, TINY
 
 from persona.engine.kernels import choice
 from persona.engine.kernels.choice import Kernels
+
+PARTS = {"kernels": lambda bench, _: gpu_speed.measures(bench), "service": gpu_service.measures}
 
 
 def device_path() -> tuple[torch.device, Kernels]:
@@ -50,6 +56,7 @@ def check(bench: Bench) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try this out; nothing is appended")
+    parser.add_argument("--part", choices=PARTS, action="append", help="the kernels and steps, or the whole service")
     parser.add_argument("--only", default="", help="part of a measure's name")
     parser.add_argument("--out", type=Path, help="append to this file, not to docs/BENCHMARKS.md")
     options = parser.parse_args()
@@ -59,13 +66,14 @@ def main() -> None:
     torch.manual_seed(1)
     bench = Bench(TINY if options.tiny else EIGHT_B, device, quick)
     out = options.out or (None if options.tiny else Path(__file__).parents[2] / "docs/BENCHMARKS.md")
-    with path(quick):
+    with path(quick), tempfile.TemporaryDirectory(prefix="persona-") as scratch:
         check(bench)
         try:
-            for name, measure in gpu_speed.measures(bench).items():
-                if options.only in name:
-                    measure()
-                    bench.let_go()
+            for part in options.part or PARTS:
+                for name, measure in PARTS[part](bench, Path(scratch)).items():
+                    if options.only in name:
+                        measure()
+                        bench.let_go()
         finally:  # what was measured before something failed
             if out is not None:
                 with out.open("a", encoding="utf-8") as file:

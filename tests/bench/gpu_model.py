@@ -19,7 +19,11 @@ PAGE = 32
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured. ranks: of the rows' adapters, in turn · length: tokens of the sequences that decode."""
+    """What is measured. ranks: of the rows' adapters, in turn · length: tokens of the sequences that decode.
+
+    Of the whole service: users: that are registered · requests: of a run · repeats: runs a side · seconds: of an open
+    loop · flips: of versions · parts: of engine.py.
+    """
 
     name: str
     shape: Shape
@@ -29,6 +33,13 @@ class Size:
     length: int
     steps: int
     rounds: int
+    users: int
+    requests: int
+    repeats: int
+    seconds: float
+    flips: int
+    parts: tuple[str, ...]
+    memory_mb: int
 
 
 def _shape(layers: int, hidden: int, heads: int, kv_heads: int, dim: int, intermediate: int, vocab: int) -> Shape:
@@ -39,10 +50,38 @@ def _shape(layers: int, hidden: int, heads: int, kv_heads: int, dim: int, interm
 
 
 EIGHT_B = Size(
-    "8B", _shape(32, 4096, 32, 8, 128, 14_336, 128_256), (1, 8, 32), (2, 8, 16, 64), (512, 2048, 8192), 512, 48, 5
+    "8B",
+    _shape(32, 4096, 32, 8, 128, 14_336, 128_256),
+    rows=(1, 8, 32),
+    ranks=(2, 8, 16, 64),
+    lengths=(512, 2048, 8192),
+    length=512,
+    steps=48,
+    rounds=5,
+    users=2000,
+    requests=320,
+    repeats=3,
+    seconds=60.0,
+    flips=10_000,
+    parts=("first token", "flip", "training alone", "gaps", "kept", "cold"),
+    memory_mb=8192,
 )
 TINY = Size(
-    "tiny", _shape(1, 64, 4, 2, 16, 128, 320), rows=(2,), ranks=(2, 17), lengths=(40,), length=33, steps=1, rounds=0
+    "tiny",
+    _shape(1, 64, 4, 2, 16, 128, 41_000),
+    rows=(2,),
+    ranks=(2, 17),
+    lengths=(40,),
+    length=33,
+    steps=1,
+    rounds=0,
+    users=4,
+    requests=8,
+    repeats=1,
+    seconds=1.0,
+    flips=32,
+    parts=("flip",),
+    memory_mb=64,
 )
 
 

@@ -41,6 +41,22 @@ class PeftBatch:
         self._synchronize()
         return rows * size.steps / (time.perf_counter() - started)
 
+    @torch.no_grad()
+    def seconds(self, rows: int, prompt: int, reply: int) -> float:
+        """Greedy replies of so many tokens to so many rows, from the prompts on, every row with its own adapter."""
+        names = [str(row) for row in range(rows)]
+        past = transformers.DynamicCache(config=self._model.config)
+        tokens = torch.randint(2000, 40_000, (rows, prompt), device=self._device)
+        self._synchronize()
+        started = time.perf_counter()
+        for _ in range(reply):
+            found = self._model(
+                input_ids=tokens, past_key_values=past, use_cache=True, adapter_names=names, logits_to_keep=1
+            )
+            tokens = found.logits[:, -1:].argmax(-1)
+            tokens.tolist()
+        return time.perf_counter() - started
+
     def _form(self, number: int) -> peft.LoraConfig:
         rank = self._size.ranks[number % len(self._size.ranks)]
         return peft.LoraConfig(r=rank, target_modules=MODULES, init_lora_weights=False)

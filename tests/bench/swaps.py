@@ -2,12 +2,12 @@
 
     .venv/bin/python tests/bench/swaps.py [--flips 10000] [--users 16] [--versions 4]
 
-The real engine process on the embedded model. Each user's versions take turns, one flip after another, and behind every
-fourth a request on the new version begins, whose prompt begins as the user's others do: a page of an older version
-would be found if it could be. A training and short replies of the bare base go on beside them. First each reply is
-computed alone, without a prefix cache; under load it has to be the same: int4 rows are equal bit for bit whoever stands
-beside them. One JSON line: flips, replies, those that failed, those that differ, and how much of the prompts came from
-the prefix cache.
+The real engine process on the configured model. Each user's versions take turns, one flip after another, and behind
+every fourth a request on the new version begins, whose prompt begins as the user's others do: a page of an older
+version would be found if it could be. A training and short replies of the bare base go on beside them. First each reply
+is computed alone, without a prefix cache; under load it has to be the same: int4 rows are equal bit for bit whoever
+stands beside them. One JSON line: flips, replies, those that failed, those that differ, and how much of the prompts
+came from the prefix cache.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def main() -> None:
     asked = parser.parse_args()
     settings = load()
     prepared = prepare.fetch(
-        prepare.EMBEDDED, settings.cache, device.choose(settings.model).weights, lambda _, __: None
+        settings.model.name, settings.cache, device.choose(settings.model).weights, lambda _, __: None
     )
     told = asyncio.run(measure(settings, prepared, asked))
     figures = {"measure": "M7 swaps under load", "flips": told.flips, "replies": told.replies}
