@@ -5,13 +5,16 @@
     loop.py      _dispatch ─> scheduler.plan ─> runner.run ─> deliver ──┴─> slices.work        one thread does it all
                                     │               │             │           │
     who may wait admission.py, ─────┤               │             │           ├── jobs/trainer.py   training, sliced
-    whose turn   waiting.py         │               │             │           │
-    memory       pages.py, shelf.py,┤               │             │           └── branches.py       scoring, sliced
-                 prefix.py          │               │             └── underway.py: sampler.py, reply.py, stops.py
-    adapters     tiers.py: disk ─> RAM ─> device    │
-                 (a thread beside the steps)        ├── CPU: kernels/native.py, step.c   one call
-                                                    ├── GPU: graphs.py                   a replay
-                                                    └── else decoder.py, lora.py, attention.py, layer by layer
+                 compiling.py       │               │             │           │
+    whose turn   waiting.py, ───────┤               │             │           └── branches.py       scoring, sliced
+                 lengths.py         │               │             └── underway.py: sampler.py, grammar.py, reply.py,
+    in a step    turns.py ──────────┤               │                                stops.py, logprobs.py
+    memory       pages.py, shelf.py,┤               │
+                 prefix.py          │               ├── CPU: kernels/native.py, step.c   one call
+    adapters     tiers.py: disk ─> RAM ─> device    ├── GPU: graphs.py                   a replay
+                 (popularity.py says which stay;    └── else decoder.py, lora.py, attention.py, layer by layer
+                 a thread beside the steps)
+    versions     awaiting.py: a flip, a stage or a drop waits for its moment between steps
 
 The service holds the other end: faces.py says what an engine promises, client.py is this one, scripted.py a double.
 What happens once: prepare.py, convert.py and quantize.py make the base's files, main.py puts all of it together.

@@ -13,7 +13,8 @@ from persona.engine.compiling import Compiling
 from persona.engine.prefix import Owner
 from persona.engine.protocol import AdapterRef, GenerateRequest, Health, PrefillRequest, ScoreRequest
 from persona.engine.refusals import crowded
-from persona.engine.scheduler import Scheduler, Sequence
+from persona.engine.scheduler import Scheduler
+from persona.engine.sequence import Sequence
 from persona.engine.waiting import Pace
 from persona.errors import Busy, RequestError, TooLarge
 

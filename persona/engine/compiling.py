@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from persona.engine.grammar import Grammar, Grammars
 from persona.engine.protocol import GenerateRequest
-from persona.engine.scheduler import Sequence
+from persona.engine.sequence import Sequence
 
 MOMENT = 0.005  # seconds that an idle loop waits for a grammar before it looks for messages
 

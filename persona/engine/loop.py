@@ -36,8 +36,9 @@ from persona.engine.refusals import failed, fatal, trouble
 from persona.engine.reply import Generation
 from persona.engine.runner import Runner
 from persona.engine.sampler import Sampler
-from persona.engine.scheduler import Plan, Scheduler, Sequence
+from persona.engine.scheduler import Scheduler
 from persona.engine.score_all import ByAdapter, Wanted
+from persona.engine.sequence import Plan, Sequence
 from persona.engine.shelf import Lease
 from persona.engine.slices import Scoring, Slices
 from persona.engine.stops import Stops

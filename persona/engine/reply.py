@@ -9,7 +9,7 @@ from persona.engine import logprobs, sampler
 from persona.engine.logprobs import Margin
 from persona.engine.protocol import Chunk, TokenLogprob
 from persona.engine.sampler import Sampler
-from persona.engine.scheduler import Sequence
+from persona.engine.sequence import Sequence
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer
 from persona.errors import EngineDown, PersonaError, RequestError

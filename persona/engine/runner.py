@@ -24,7 +24,7 @@ from persona.engine.kernels.native import NativeSteps, Part
 from persona.engine.kernels.reference import DecodeRows, Piece, PromptGroups, PromptRows
 from persona.engine.lora import Resident, StepAdapters
 from persona.engine.protocol import TokenLogprob
-from persona.engine.scheduler import Plan, Segment, Sequence
+from persona.engine.sequence import Plan, Segment, Sequence
 from persona.engine.weights import Projection
 
 

@@ -3,85 +3,24 @@
 A sequence reserves pages for its prompt and its longest reply, and holds its adapter, when it is admitted, so a running
 one never waits for memory; what an earlier one of the same user and version left behind is not computed again
 (prefix.py). Chat goes before scoring; who is next among users says waiting.py. Every step decodes all running rows and
-prefills at most `prefill_tokens` prompt tokens beside them; what is only computed for later waits for an idle step.
-
-Where several users come, who has more than a like share leaves the last places and pages to others; and who has most of
-what runs has short steps (their prompts and their replies in turn, a quarter of `prefill_tokens` for the prompts), and
-while a prompt of another is computed one of 32 for their prompts, and every second one for their replies. So the others
-begin soon.
+prefills at most `prefill_tokens` prompt tokens beside them, but for those of a user who has most of what runs
+(turns.py); what is only computed for later waits for an idle step.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
 from persona.engine.lengths import GENERATED, Lengths
 from persona.engine.pages import PagePool
-from persona.engine.prefix import Block, Owner, PrefixCache
+from persona.engine.prefix import PrefixCache
 from persona.engine.protocol import AdapterRef
+from persona.engine.sequence import Plan, Segment, Sequence
 from persona.engine.shelf import Absent, Lease, Shelf
+from persona.engine.turns import Held, Turns
 from persona.engine.waiting import Shares, WaitingRoom
 
 AHEAD = 64  # tokens of a silent sequence in one step
-KEPT = 1 / 8  # of the running places and of the pages, the last ones: for users who have less than a like share
-PROMPTS_REST = 32  # of so many steps beside prompts of others a heavy user's own prompts sit out all but one
-HEAVY = 4  # sequences that a user runs, at least, who is to leave others room
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """One running request. `tokens` grows by one each decode step; `computed` of them are in the cache.
-
-    The first `pages` are those of `blocks`, which other sequences of `owner` may use, too; without an owner there are
-    none. `cached` tokens were computed by earlier sequences.
-    """
-
-    id: int
-    tokens: list[int]
-    prompt: int  # how many of `tokens` were given
-    limit: int  # tokens it may grow to
-    adapter: AdapterRef | None = None
-    lease: Lease[Any] | None = None  # of the adapter, from admission on
-    targets: tuple[int, ...] = ()  # positions to score; empty for chat
-    top: int = 0  # alternatives that are told with each of them
-    background: bool = False
-    silent: bool = False  # nothing follows its prompt: it is computed for a later one, when nothing else is
-    user_id: int = 0
-    owner: Owner | None = None
-    since: float = 0.0  # when it was asked for, by the loop's clock
-    computed: int = 0
-    cached: int = 0
-    pages: list[int] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
-
-    @property
-    def prefilling(self) -> bool:
-        return self.computed < self.prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A piece of a prompt: tokens [start, end) of a sequence."""
-
-    sequence: Sequence
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: these rows decode one token each, these segments are prefilled. `admitted` are new among them;
-    `refused` are gone, as no memory is large enough for them and their adapters."""
-
-    decode: list[Sequence]
-    prefill: list[Segment]
-    admitted: list[Sequence] = field(default_factory=list)
-    refused: list[Sequence] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.decode or self.prefill)
 
 
 class Adapters(Protocol):
@@ -95,19 +34,6 @@ class Adapters(Protocol):
     def release(self, lease: Lease[Any], *, used: bool = True) -> None: ...
 
     def fetch(self, ref: AdapterRef, spared: Collection[AdapterRef]) -> Absent: ...
-
-
-class _Held:
-    """What each user has of the running set."""
-
-    def __init__(self, running: Collection[Sequence]) -> None:
-        self.places, self.pages = Counter[int](), Counter[int]()
-        for one in running:
-            self.add(one)
-
-    def add(self, one: Sequence) -> None:
-        self.places[one.user_id] += 1
-        self.pages[one.user_id] += len(one.pages)
 
 
 class Scheduler:
@@ -129,8 +55,7 @@ class Scheduler:
         chats, background = (WaitingRoom[Sequence](shares, self._lengths) for shares in (self.shares, Shares()))
         self._waiting = chats, background
         self._running: list[Sequence] = []
-        self._beside = 0  # steps in a row in which the heavy user stood beside prompts of others
-        self._replied = False  # whether the heavy user's replies had the last step in which their prompts waited, too
+        self._turns = Turns(self.shares, prefill_tokens)
 
     @property
     def running(self) -> int:
@@ -200,15 +125,7 @@ class Scheduler:
         self._adapters.shelf.expect(s.adapter for s in self._near() if s.adapter is not None)
         if (admit or not self._running) and self._admit(admitted, refused):
             self._prefetch()
-        heavy = self._heavy()
-        decode = [s for s in self._running if not s.prefilling]
-        others = any(s.prefilling and s.user_id != heavy and not s.background for s in self._running)
-        self._beside = self._beside + 1 if heavy is not None and others else 0
-        segments = list(self._segments(self._prefill_tokens, heavy))
-        if heavy is not None:
-            prompts, replies = self._turn(heavy, decode, segments)
-            segments = [one for one in segments if prompts or one.sequence.user_id != heavy]
-            decode = [s for s in decode if replies or s.user_id != heavy]
+        decode, segments = self._turns.next(self._running)
         if not decode and not segments:
             segments = list(self._ahead())
         return Plan(decode, segments, admitted, refused)
@@ -259,11 +176,11 @@ class Scheduler:
     def _admit(self, admitted: list[Sequence], refused: list[Sequence]) -> bool:
         """In the order of the room. Whose adapter is still on its way is passed over; who needs more pages than are
         left, or whose adapter does, is not, or a large request would starve. Whether there was room for all."""
-        held = _Held(self._running)
+        held = Held(self._running, self.shares, self._max_running, self.pool)
         for sequence in self._near():
             if len(self._running) == self._max_running:
                 return True
-            if self._has_enough(sequence, held):
+            if held.enough(sequence):
                 continue
             if sequence.adapter is not None:
                 found = self._adapters.hold(sequence.adapter)
@@ -284,37 +201,6 @@ class Scheduler:
                 self._let_go(sequence)
                 return False
         return True
-
-    def _has_enough(self, sequence: Sequence, held: "_Held") -> bool:
-        """Whether the places or pages that are left are for others than its user. A like share counts one more user
-        than there are: who may come."""
-        user, sharing, total = sequence.user_id, self.shares.active + 1, self.pool.total
-        if not user or not held.places[user] or self.shares.alone(user):
-            return False
-        few = self._max_running - len(self._running) <= int(KEPT * self._max_running)
-        if few and held.places[user] >= max(HEAVY, self._max_running / sharing):
-            return True
-        if held.pages[user] < total / sharing:
-            return False
-        return self.pool.available - self.pool.needed(sequence.limit) < KEPT * total
-
-    def _heavy(self) -> int | None:
-        """The user who has most of what runs, if others may want to begin."""
-        users = Counter(s.user_id for s in self._running if s.user_id and not s.background)
-        for user_id, count in users.most_common(1):
-            if count >= HEAVY and 2 * count > len(self._running) and not self.shares.alone(user_id):
-                return user_id
-        return None
-
-    def _turn(self, heavy: int, decode: list[Sequence], segments: list[Segment]) -> tuple[bool, bool]:
-        """Whether prompts and replies of `heavy` have a part in this step, which has room for these. Who comes waits
-        for the end of a step: so one that nobody else's prompt is in has either."""
-        if self._beside:
-            return self._beside % PROMPTS_REST == 0, self._beside % 2 == 0
-        if not any(s.user_id == heavy for s in decode) or not any(one.sequence.user_id == heavy for one in segments):
-            return True, True
-        self._replied = not self._replied
-        return not self._replied, self._replied
 
     def _prefetch(self) -> None:
         """Load the adapters of those whose turn is near, as far as there is room beside each other's."""
@@ -356,23 +242,6 @@ class Scheduler:
                 sequence.owner = None
             else:
                 sequence.blocks.append(block)
-
-    def _segments(self, budget: int, heavy: int | None) -> Iterator[Segment]:
-        """Chat first, who has had least before others, then scoring; among equals in order of admission. The prompts of
-        `heavy` have a part of the budget, which comes after other chats, but for the one step of PROMPTS_REST."""
-        theirs, last = budget // 4, not self._beside or bool(self._beside % PROMPTS_REST)
-
-        def turn(one: Sequence) -> tuple[bool, bool, float]:
-            later = (one.user_id == heavy) is last
-            return one.background, later, 0.0 if one.background else self.shares[one.user_id]
-
-        for sequence in sorted((s for s in self._running if s.prefilling and not s.silent), key=turn):
-            mine = heavy is not None and sequence.user_id == heavy
-            if most := min(budget, theirs) if mine else budget:
-                end = min(sequence.prompt, sequence.computed + most)
-                budget -= end - sequence.computed
-                theirs -= (end - sequence.computed) * mine
-                yield Segment(sequence, sequence.computed, end)
 
     def _ahead(self) -> Iterator[Segment]:
         """A short piece of a prompt that nobody waits for: whoever comes meanwhile has to wait for it."""

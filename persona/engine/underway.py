@@ -8,7 +8,8 @@ from persona.engine.protocol import Piece, Reply, Scores, TokenLogprob
 from persona.engine.refusals import failed, starved
 from persona.engine.reply import Generation
 from persona.engine.runner import Result
-from persona.engine.scheduler import Scheduler, Sequence
+from persona.engine.scheduler import Scheduler
+from persona.engine.sequence import Sequence
 from persona.errors import Busy, EngineDown, PersonaError, Unprocessable
 
 NO_MEMORY = "The engine ran out of memory under this request; try a shorter one."

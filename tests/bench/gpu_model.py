@@ -9,7 +9,7 @@ from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder, Layer
 from persona.engine.lora import Resident
 from persona.engine.memory import Memory
-from persona.engine.scheduler import Sequence
+from persona.engine.sequence import Sequence
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import Nf4, Projection, StoredInt4, compute_dtype
 from persona.engine.words import Words

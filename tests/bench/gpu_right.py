@@ -14,7 +14,7 @@ from persona.engine.kernels import reference
 from persona.engine.kernels.choice import Kernels
 from persona.engine.kernels.reference import BLOCK, FEW, QUERIES, DecodeRows, Piece, PromptGroups, PromptRows
 from persona.engine.runner import Runner
-from persona.engine.scheduler import Plan, Segment
+from persona.engine.sequence import Plan, Segment
 from persona.engine.shape import TARGETS
 
 ROUNDING = 2.0**-8  # of one bf16 value

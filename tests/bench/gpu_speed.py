@@ -15,7 +15,7 @@ from persona.engine.kernels import reference
 from persona.engine.kernels.reference import DecodeRows, Piece, PromptGroups, PromptRows
 from persona.engine.lora import Blocks, Gathered, Resident
 from persona.engine.runner import Runner
-from persona.engine.scheduler import Plan
+from persona.engine.sequence import Plan
 from persona.engine.shape import TARGETS
 from persona.engine.weights import Nf4, Projection, product
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from persona.engine import waiting
 from persona.engine.pages import PagePool
-from persona.engine.scheduler import Plan, Scheduler, Sequence
+from persona.engine.scheduler import Scheduler
+from persona.engine.sequence import Plan, Sequence
 from persona.engine.shelf import Shelf
 from persona.workload import Range, Request, Workload, requests
 

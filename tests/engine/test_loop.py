@@ -20,7 +20,7 @@ from persona.engine import protocol, sampler
 from persona.engine.lora import Resident
 from persona.engine.protocol import AdapterRef, Piece
 from persona.engine.runner import Result
-from persona.engine.scheduler import Segment, Sequence
+from persona.engine.sequence import Segment, Sequence
 
 CLOSE = 0.05
 # Form of the weights, type that is computed in, the compiled step or plain torch; how far replies may differ at most.

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from workbench import plain_tiers
 
 from persona.engine.pages import Idle, PagePool
-from persona.engine.scheduler import Scheduler, Sequence
+from persona.engine.scheduler import Scheduler
+from persona.engine.sequence import Sequence
 
 
 def test_pages_come_back_and_the_list_that_gave_them_is_empty() -> None:

@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from persona.engine.pages import PagePool
 from persona.engine.prefix import Owner
 from persona.engine.protocol import AdapterRef
-from persona.engine.scheduler import Plan, Scheduler, Sequence
+from persona.engine.scheduler import Scheduler
+from persona.engine.sequence import Plan, Sequence
 from persona.engine.shelf import Absent, Lease
 from persona.engine.tiers import Tiers
 
@@ -57,7 +58,7 @@ class Rooms(RuleBasedStateMachine):
         self.owners: dict[int, Owner | None] = {}
         self.written: dict[tuple[int, int], object] = {}
         self.borrowed: list[Lease[Any]] = []
-        self.count = 0
+        self.count = self.drops = 0
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=30),
@@ -88,13 +89,20 @@ class Rooms(RuleBasedStateMachine):
         self.here.append(one)
         self.rooms.add(one)
 
-    @rule()
-    def step(self) -> None:
-        self._step()
+    @rule(admit=st.booleans())
+    def step(self, admit: bool) -> None:
+        self._step(admit)
 
-    def _step(self) -> Plan:
+    @rule(ref=st.sampled_from(REFS), background=st.booleans())
+    def hear_of(self, ref: AdapterRef, background: bool) -> None:
+        """A request is on its way in: its adapter is loaded meanwhile."""
+        self.rooms.expect(ref, background=background)
+
+    def _step(self, admit: bool = True) -> Plan:
         self._land()
-        plan = self.rooms.plan()
+        before = self.rooms.running
+        plan = self.rooms.plan(admit=admit)
+        assert admit or not before or not plan.admitted
         assert sum(s.end - s.start for s in plan.prefill) <= self.prefill
         members = [*plan.decode, *(s.sequence for s in plan.prefill)]
         assert len({id(s) for s in members}) == len(members)
@@ -163,7 +171,8 @@ class Rooms(RuleBasedStateMachine):
     @rule(user=st.sampled_from([1, 2, 3]))
     def drop(self, user: int) -> None:
         self.tiers.drop(user)
-        self.rooms.prefix.forget(lambda owner: owner.user_id == user)
+        self.rooms.forget(user)
+        self._is_nobodys(user)
         assert not any(ref in self.tiers.shelf for ref in REFS if ref.user_id == user)
         for owner in OWNERS:
             assert owner.user_id != user or not self._matches(owner)
@@ -188,6 +197,18 @@ class Rooms(RuleBasedStateMachine):
                 assert self.sizes[ref] > self.rooms.pool.total
                 for one in [one for one in self.here if one.adapter == ref and not one.pages]:
                     self._end(one)
+
+    def _is_nobodys(self, user: int) -> None:
+        """What was computed for the user until now, and what still runs for them, must not be found again."""
+        self.drops += 1
+
+        def gone(owner: Owner | None) -> Owner | None:
+            return owner._replace(user_id=-self.drops) if owner is not None and owner.user_id == user else owner
+
+        self.owners = {number: gone(owner) for number, owner in self.owners.items()}
+        for slot, what in self.written.items():
+            if isinstance(what, tuple) and isinstance(what[0], Owner):
+                self.written[slot] = gone(what[0]), what[1]
 
     def _matches(self, owner: Owner) -> int:
         return sum(len(self.rooms.prefix.match(owner, [*start, 9])) for start in product((0, 1), repeat=SIZE))

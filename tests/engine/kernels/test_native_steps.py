@@ -21,7 +21,7 @@ from persona.engine.kernels.native import NativeSteps
 from persona.engine.lora import Resident
 from persona.engine.memory import Memory
 from persona.engine.runner import Runner
-from persona.engine.scheduler import Plan, Segment, Sequence
+from persona.engine.sequence import Plan, Segment, Sequence
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import Int4
 from persona.engine.words import Words
