@@ -62,6 +62,8 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         "adapter_over_wrong_user": compare(results, "wrong_user", "adapter"),  # P3
         "adapter_context_over_wrong_user_context": compare(results, "wrong_user_context", "adapter_context"),
         "adapter_context_over_stale_context": compare(results, "stale_context", "adapter_context"),
+        "adapter_served_over_base_served": compare(results, "base_served", "adapter_served"),
+        "adapter_served_over_stale_served": compare(results, "stale_served", "adapter_served"),
         "context_over_base": compare(results, "base", "context"),
     }
     found: dict[str, Any] = {name: asdict(one) for name, one in compared.items() if one is not None}

@@ -8,6 +8,8 @@ message under what stood before it. The rounds give a curve; the last one is mea
     adapter, stale      what serves after the last round, and after the one before: the person's own, if one was kept
     wrong_user          that of the next person in the list, if they have one
     …_context           the same with quoted history in the prompt: of the kind that helps the bare base most
+    …_served            base, adapter and stale as `me` is served: with the newest entries that the version has not
+                        absorbed, as many as the service quotes
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +22,12 @@ from jobs.dataset import HeldOut
 from jobs.people import Person
 from jobs.rounds import Ground, Pupil, Rounds, Stage
 from persona import frames, prompt
+from persona.domain import EntryId
 from persona.engine.protocol import AdapterRef, ScoreRequest
 from persona.errors import RequestError
 
 CANDIDATES = 10  # messages of which one is the next
+NOTHING = EntryId(0)  # a watermark: no entry was absorbed
 WINDOW = 400  # entries before a message that a quotation may reach back to
 FOUND = 64  # entries looked at for a quotation by search, at least
 ENTRY = 8  # tokens of the shortest entry as it is quoted, with its day
@@ -133,14 +137,24 @@ class Trial:
 
         Raises RequestError.
         """
-        framed = [self.draft(message, "") for message in messages]
-        bare = max(one.targets[0] for one in framed) + max(len(one.targets) for one in framed)
-        quoted, longest = max(context.tokens for context in options.contexts), self._ground.settings.engine.context
+        bare, longest = self._bare(messages), self._ground.settings.engine.context
+        quoted = max(context.tokens for context in options.contexts)
         if (wanted := bare + quoted + prompt.SEAM_TOKENS) > longest:
             raise RequestError(
                 f"A prompt that quotes {quoted} tokens may have {wanted} here, and engine.context is {longest}:"
                 " raise it, or measure with shorter contexts (--contexts)."
             )
+
+    def _bare(self, messages: Sequence[HeldOut]) -> int:
+        """Tokens that a prompt of any of the messages has at most, without a quotation."""
+        framed = [self.draft(message, "") for message in messages]
+        return max(one.targets[0] for one in framed) + max(len(one.targets) for one in framed)
+
+    def _served(self, messages: Sequence[HeldOut]) -> Context:
+        """What `me` quotes: as much as the service would (prompt.py), and of that what a version has not absorbed."""
+        settings = self._ground.settings
+        room = (settings.engine.context - self._bare(messages)) * 2 // 3 - prompt.SEAM_TOKENS
+        return Context("recent", min(settings.prompt.recent_tokens, room))
 
     async def _measure(self, pupil: Pupil, stages: list[Stage], wrong: list[Stage] | None, options: Options) -> Result:
         """wrong: the rounds of another person."""
@@ -160,6 +174,11 @@ class Trial:
         for name, adapter in sides.items():
             await measure(name, adapter)
             await measure(f"{name}_context", adapter, chosen)
+        served, absorbed = self._served(last.held_out), {"base": NOTHING, "adapter": last.watermark}
+        if len(stages) > 1:
+            absorbed["stale"] = stages[-2].watermark
+        for name, watermark in absorbed.items():
+            await measure(f"{name}_served", sides.get(name), served, watermark)
         for number, stage in enumerate(stages[:-1]):
             other = wrong[number] if wrong else None
             result.curve.append(_point(await self._then(pupil, stage, other, chosen)))
@@ -193,12 +212,15 @@ class Trial:
         """Log-probabilities of the targets of each."""
         return await self._ground.engine.score_all([ScoreRequest(one.tokens, one.targets, adapter) for one in framed])
 
-    async def quoted(self, pupil: Pupil, message: HeldOut, context: Context | None) -> str:
-        """History that stood before `message`, as a prompt quotes it."""
+    async def quoted(
+        self, pupil: Pupil, message: HeldOut, context: Context | None, watermark: EntryId = NOTHING
+    ) -> str:
+        """History that stood before `message`, as a prompt quotes it: of the newest, only what is after `watermark`."""
         if context is None:
             return ""
         if context.kind == "recent":
-            lately = [e for e in pupil.before(message) if e.id not in message.conversation][-WINDOW:]
+            before = [entry for entry in pupil.before(message) if entry.id > watermark]
+            lately = [entry for entry in before if entry.id not in message.conversation][-WINDOW:]
             return prompt.quote_recent(dataset.redacted(lately), self._ground.tokenizer, context.tokens).text
         said = "\n".join(line.text for line in message.lines) or pupil.before(message)[-1].text
         left = message.conversation | pupil.unused
@@ -236,6 +258,7 @@ class Trial:
                 )  # [people, messages]
                 result.recognised["author"] = float((table.argmin(0) == 0).mean())
                 result.recognised["author_together"] = float(table.sum(1).argmin() == 0)
+                result.recognised["over_each_other"] = float((table[1:].sum(1) > table[0].sum()).mean())
 
     async def _next_among(self, message: HeldOut, others: Sequence[HeldOut], adapter: AdapterRef | None) -> bool | None:
         """Whether the likeliest per token is the true one, among those of other people with the nearest lengths; None
@@ -277,8 +300,11 @@ class _Measure:
     messages: Sequence[HeldOut]
     result: Result
 
-    async def __call__(self, name: str, adapter: AdapterRef | None, context: Context | None = None) -> None:
-        quoted = [await self.trial.quoted(self.pupil, message, context) for message in self.messages]
+    async def __call__(
+        self, name: str, adapter: AdapterRef | None, context: Context | None = None, watermark: EntryId = NOTHING
+    ) -> None:
+        """watermark: of what the version has absorbed, and is not quoted to it."""
+        quoted = [await self.trial.quoted(self.pupil, message, context, watermark) for message in self.messages]
         framed = [self.trial.draft(message, text) for message, text in zip(self.messages, quoted, strict=True)]
         lengths = [len(one.targets) for one in framed]
         self.result.lengths = self.result.lengths or lengths

@@ -69,18 +69,20 @@ async def test_everybody_is_better_served_by_their_own_adapter(parts: Private, t
         assert len(result.curve) == 2
         assert 0 < result.bytes < 1_000_000
         assert set(result.reference) == {"base", "adapter"}
-        recognised = {"next_of_10_base", "next_of_10_adapter", "author", "author_together"}
+        recognised = {"next_of_10_base", "next_of_10_adapter", "author", "author_together", "over_each_other"}
         assert set(result.recognised) == recognised
         assert all(0 <= result.recognised[name] <= 1 for name in recognised)
         assert result.recognised["next_of_10_adapter"] == 1.0  # nobody else writes with these words
-        assert result.recognised["author_together"] == 1.0
+        assert result.recognised["author_together"] == result.recognised["over_each_other"] == 1.0
         sides = {f"{side}{quoting}" for side in ("adapter", "stale", "wrong_user") for quoting in ("", "_context")}
+        sides |= {f"{side}_served" for side in ("base", "adapter", "stale")}
         assert set(result.nats) == {"base", "context", *sides, *(context.name for context in CONTEXTS)}
         assert result.nats["stale"] != result.nats["adapter"]
     said = summary.summary(results)
     assert set(said["recognised"]) == recognised
     assert said["adapter_context_over_stale_context"]["people"] == 3
     assert said["adapter_context_over_wrong_user_context"]["better"] == 1.0
+    assert said["adapter_served_over_base_served"]["better"] == 1.0
     assert "bob learns, round 2 of 2" in told
 
 
@@ -124,6 +126,29 @@ async def test_nothing_that_is_tested_was_trained_on_and_each_prompt_ends_before
             assert f"end{number:02}" in prompt
             assert not any(f"end{later:02}" in prompt for later in range(number + 1, 40))
     assert any(f"end{40 - count - 1:02}" in prompt for prompt in prompts[count : 2 * count])  # recent history is quoted
+
+
+async def test_a_version_is_quoted_as_served_what_it_has_not_absorbed(parts: Private, tmp_path: Path) -> None:
+    some = people.read(files.write(tmp_path / "all.jsonl", count=30, people=("ann",)))
+    marked = [item.__class__(f"{item.text[:20]} end{i:02}", item.ts, item.id) for i, item in enumerate(some[0].items)]
+    watched, limits = Watched(parts.engine), parts.settings.prompt.model_copy(update={"recent_tokens": 3000})
+    settings = parts.settings.model_copy(update={"prompt": limits})
+    made = trial(replace(parts, engine=watched, settings=settings))  # type: ignore[type-var]
+    options = Options(rounds=2, contexts=CONTEXTS[:1], probes=0, gate=False)
+    (result,) = await made.run([people.Person("ann", tuple(marked))], options)
+    count = len(result.lengths)
+    last = next(one for one in watched.scored if f"end{30 - count:02}" in parts.tokenizer.decode(one.tokens))
+    at, order = watched.scored.index(last), [name for name in result.nats if name != "context"]
+    shown = {}
+    for place, name in enumerate(order):
+        some_prompts = watched.scored[at + place * count : at + (place + 1) * count]
+        shown[name] = {
+            i for one in some_prompts for i in range(30) if f"end{i:02}" in parts.tokenizer.decode(one.tokens)
+        }
+    tested = set(range(30 - count, 30))
+    assert shown["adapter"] == shown["adapter_served"] == tested
+    assert min(shown["stale_served"]) == 15 - count
+    assert min(shown["base_served"]) < 15 - count
 
 
 async def test_a_prior_is_where_everybody_starts_and_what_they_are_compared_with(
