@@ -85,12 +85,15 @@ def draw(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
     _penalise(logits, [(row, one) for row, one in enumerate(samplers) if one.tally is not None])
     _bias(logits, [(row, one) for row, one in enumerate(samplers) if one.sampling.logit_bias])
     _constrain(logits, [(row, one.grammar) for row, one in enumerate(samplers) if one.grammar is not None])
-    tokens = [int(token) for token in logits.argmax(-1).tolist()]
+    tokens = [0] * len(samplers)
+    if any(one.greedy for one in samplers):
+        tokens = [int(token) for token in logits.argmax(-1).tolist()]
     for narrow in (False, True):
         rows = [row for row, one in enumerate(samplers) if not one.greedy and one.narrow is narrow]
         if rows:
             choose = _from_the_likeliest if narrow else _from_all
-            for row, token in zip(rows, choose(logits[rows], [samplers[row] for row in rows]), strict=True):
+            some = logits if len(rows) == len(samplers) else logits[rows]
+            for row, token in zip(rows, choose(some, [samplers[row] for row in rows]), strict=True):
                 tokens[row] = token
     for one, token in zip(samplers, tokens, strict=True):
         one.took(token)

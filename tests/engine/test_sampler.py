@@ -281,13 +281,20 @@ def test_greedy_rows_that_ask_for_nothing_cost_one_argmax() -> None:
     assert operations([{}] * 8) == [("aten::argmax", 8)]
 
 
+@pytest.mark.parametrize("kind", [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
+def test_rows_that_all_draw_are_neither_copied_nor_searched_for_the_likeliest(kind: dict[str, Any]) -> None:
+    whole = [name for name, size in operations([kind] * 4) if size == 4 * 5000]
+    assert whole[0] != "aten::index"
+    assert "aten::argmax" not in {name for name, _ in operations([kind] * 4)}
+
+
 def test_the_number_of_operations_does_not_grow_with_the_rows() -> None:
     few, many = operations(KINDS), operations(KINDS * 9)
     assert [name for name, _ in few] == [name for name, _ in many]
 
 
 def test_rows_that_ask_for_nothing_cost_nothing_beside_one_that_does() -> None:
-    alone, beside = operations([KINDS[5]]), operations([KINDS[5], *[{}] * 20])
+    alone, beside = operations([KINDS[5], {}]), operations([KINDS[5], *[{}] * 20])
     assert [seen for seen in beside if seen[0] != "aten::argmax"] == [s for s in alone if s[0] != "aten::argmax"]
 
 
