@@ -8,7 +8,8 @@
                  compiling.py       │               │             │           │
     whose turn   waiting.py, ───────┤               │             │           └── branches.py       scoring, sliced
                  lengths.py         │               │             └── underway.py: sampler.py, grammar.py, reply.py,
-    in a step    turns.py ──────────┤               │                                stops.py, logprobs.py
+    in a step    turns.py, ─────────┤               │                                stops.py, logprobs.py
+                 sequence.py        │               │
     memory       pages.py, shelf.py,┤               │
                  prefix.py          │               ├── CPU: kernels/native.py, step.c   one call
     adapters     tiers.py: disk ─> RAM ─> device    ├── GPU: graphs.py                   a replay

@@ -137,7 +137,7 @@ class _Group:
 
 class _Pieces:
     """Prompts of much the same length whose adapters have one kind, each filled up with its last row: to a power of
-    two, as oneDNN compiles its products for every shape that it has not seen yet."""
+    two, so that there are few shapes, as oneDNN compiles its products for each that it has not seen yet."""
 
     def __init__(self, prompts: Sequence[Span], power: int) -> None:
         self._stacks = _stacked([adapter for _, _, adapter in prompts])
@@ -281,8 +281,13 @@ def _stacked(adapters: Sequence[Resident]) -> Factors:
     stacks: Factors = {}
     for key in adapters[0].factors:
         pairs = [adapter.factors[key] for adapter in adapters]
-        stacks[key] = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+        stacks[key] = _side_by_side([a for a, _ in pairs]), _side_by_side([b for _, b in pairs])
     return stacks
+
+
+def _side_by_side(some: list[torch.Tensor]) -> torch.Tensor:
+    """[n, …]: a view of one alone."""
+    return some[0].unsqueeze(0) if len(some) == 1 else torch.stack(some)
 
 
 def _quick(stacks: Factors) -> Factors:

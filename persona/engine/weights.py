@@ -133,14 +133,14 @@ class Nf4(Projection):
     """bitsandbytes NF4 through its functions: bytes and a quantization state, no module of theirs."""
 
     def __init__(self, data: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None):
-        self.rows, self.columns, self.bias = *shape, bias
+        from bitsandbytes import functional  # now, as it takes seconds: not in somebody's step
+
+        self.rows, self.columns, self.bias, self._functional = *shape, bias, functional
         self._data, self._absmax = data, absmax
         self._states: dict[torch.dtype, Any] = {}
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        from bitsandbytes import functional
-
-        matrix: torch.Tensor = functional.dequantize_4bit(self._data, self._state(dtype))
+        matrix: torch.Tensor = self._functional.dequantize_4bit(self._data, self._state(dtype))
         return matrix.t()
 
     def nbytes(self) -> int:
@@ -153,11 +153,9 @@ class Nf4(Projection):
         return quick.nf4(x, self._data, self._absmax, self.rows)
 
     def _state(self, dtype: torch.dtype) -> Any:
-        from bitsandbytes import functional
-
         if dtype not in self._states:
-            code = functional.get_4bit_type("nf4", device=self._data.device)
-            self._states[dtype] = functional.QuantState(
+            code = self._functional.get_4bit_type("nf4", device=self._data.device)
+            self._states[dtype] = self._functional.QuantState(
                 self._absmax, (self.rows, self.columns), code, quantize.NF4_BLOCK, "nf4", dtype
             )
         return self._states[dtype]

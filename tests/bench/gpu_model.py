@@ -18,11 +18,25 @@ PAGE = 32
 
 
 @dataclass(frozen=True)
+class Service:
+    """users: that are registered, and how many of them where ranks are mixed · requests: of a run · repeats: runs a
+    side · seconds: of an open loop · flips: of versions · parts: of engine.py · memory_mb: for context and adapters."""
+
+    users: int
+    mixed: int
+    requests: int
+    repeats: int
+    seconds: float
+    flips: int
+    parts: tuple[str, ...]
+    memory_mb: int
+
+
+@dataclass(frozen=True)
 class Size:
     """What is measured. ranks: of the rows' adapters, in turn · length: tokens of the sequences that decode.
 
-    Of the whole service: users: that are registered · requests: of a run · repeats: runs a side · seconds: of an open
-    loop · flips: of versions · parts: of engine.py.
+    service: what is measured of the whole service.
     """
 
     name: str
@@ -33,13 +47,7 @@ class Size:
     length: int
     steps: int
     rounds: int
-    users: int
-    requests: int
-    repeats: int
-    seconds: float
-    flips: int
-    parts: tuple[str, ...]
-    memory_mb: int
+    service: Service
 
 
 def _shape(layers: int, hidden: int, heads: int, kv_heads: int, dim: int, intermediate: int, vocab: int) -> Shape:
@@ -58,13 +66,16 @@ EIGHT_B = Size(
     length=512,
     steps=48,
     rounds=5,
-    users=2000,
-    requests=320,
-    repeats=3,
-    seconds=60.0,
-    flips=10_000,
-    parts=("first token", "flip", "training alone", "gaps", "kept", "cold"),
-    memory_mb=8192,
+    service=Service(
+        users=2000,
+        mixed=500,
+        requests=320,
+        repeats=3,
+        seconds=60.0,
+        flips=10_000,
+        parts=("first token", "flip", "training alone", "gaps", "kept", "cold"),
+        memory_mb=8192,
+    ),
 )
 TINY = Size(
     "tiny",
@@ -75,13 +86,7 @@ TINY = Size(
     length=33,
     steps=1,
     rounds=0,
-    users=4,
-    requests=8,
-    repeats=1,
-    seconds=1.0,
-    flips=32,
-    parts=("flip",),
-    memory_mb=64,
+    service=Service(users=4, mixed=4, requests=8, repeats=1, seconds=1.0, flips=32, parts=("flip",), memory_mb=64),
 )
 
 

@@ -80,110 +80,111 @@ def _tokenizer(vocab: int) -> str:
     return json.dumps(about)
 
 
-class Service:
+class Programs:
     """Runs programs of this project on the prepared model, each in a process of its own: nothing else has the GPU."""
 
     def __init__(self, bench: Bench, scratch: Path) -> None:
         self._bench, self._size, self._scratch = bench, bench.size, scratch
+        self._asked, self._crowd = bench.size.service, min(32, bench.size.service.users)
 
     def measures(self) -> dict[str, Callable[[], None]]:
-        size = self._size
-        crowd = min(32, size.users)
-        many = f"--users {size.users} --compare 1 --clients {crowd} --requests {size.requests} --prompt 64:256"
-        many += f" --reply 16:64 --rounds {size.repeats}"
-        corrupt = f"--users {size.requests} --turns --corrupt 0.01 --clients {crowd} --requests {size.requests}"
+        asked = self._asked
+        many = f"--compare 1 --clients {self._crowd} --requests {asked.requests} --prompt 64:256 --reply 16:64"
+        many += f" --rounds {asked.repeats}"
+        mixed = f"--users {asked.mixed} {many} --ranks 2,8,16"
+        corrupt = f"--users {asked.requests} --turns --corrupt 0.01 --clients {self._crowd} --requests {asked.requests}"
         return {
-            "M1 equal": lambda: self._service("M1, equal ranks", many),
-            "M1 mixed": lambda: self._service("M1, ranks 2, 8 and 16", f"{many} --ranks 2,8,16"),
-            "M2": lambda: [self._decode(rows) for rows in size.rows][-1],
+            "M1 equal": lambda: self._service("M1, equal ranks", f"--users {asked.users} {many}"),
+            "M1 mixed": lambda: self._service("M1, ranks 2, 8 and 16", mixed),
+            "M2": self._decode,
             "M3": self._beside_peft,
             "M15": self._overload,
             "M17": lambda: self._service("M17", f"{corrupt} --prompt 64 --reply 8"),
-            "M7": self._swaps,
+            "M7": lambda: self._program("swaps.py", "--flips", str(asked.flips), "--users", "4", "--versions", "2"),
             "engine": self._engine,
         }
 
-    def _decode(self, rows: int) -> None:
-        work = f"--users {rows} --clients {rows} --turns --compare base --requests {3 * rows} --prompt 64 --reply 192"
-        self._service("M2", f"{work} --rounds {self._size.repeats}")
+    def _decode(self) -> None:
+        for rows in self._size.rows:
+            work = f"--users {rows} --clients {rows} --turns --compare base --requests {3 * rows}"
+            self._service("M2", f"{work} --prompt 64 --reply 192 --rounds {self._asked.repeats}")
 
     def _beside_peft(self) -> None:
         """Everybody asks once, 128 tokens and a reply of 64, from the first request until the last reply has ended."""
         import gpu_peers
 
-        rows = max(self._size.rows)
-        work = f"--users {rows} --clients {rows} --turns --requests {rows} --prompt 128 --reply 64"
-        ours = self._service("M3", f"{work} --rounds {self._size.repeats + 1}")[1:]  # the first loads every adapter
+        rows, ranks = max(self._size.rows), ",".join(map(str, self._size.ranks))
+        work = f"--users {rows} --clients {rows} --turns --requests {rows} --prompt 128 --reply 64 --ranks {ranks}"
+        ours = self._service("M3", f"{work} --rounds {self._asked.repeats + 1}")[1:]  # the first loads every adapter
         peer = gpu_peers.PeftBatch(self._size, self._bench.dtype, self._bench.device)
-        theirs = statistics.median(rows / peer.seconds(rows, 128, 64) for _ in range(self._size.repeats + 1))
-        found = statistics.median(line["requests_per_s"] for line in ours)
-        self._bench.report("M3", side="PEFT's mixed batch", requests_per_s=round(theirs, 2))
-        self._bench.report("M3", side="persona over PEFT", ratio_requests_per_s=round(found / theirs, 2))
+        theirs = [rows / peer.seconds(rows, 128, 64) for _ in range(self._asked.repeats + 1)][1:]
+        self._bench.report("M3", side="PEFT's mixed batch", requests_per_s=round(statistics.median(theirs), 2))
+        if ours:
+            ratio = statistics.median(line["requests_per_s"] for line in ours) / statistics.median(theirs)
+            self._bench.report("M3", side="persona over PEFT", ratio_requests_per_s=round(ratio, 2))
 
     def _overload(self) -> None:
         """M15 at 1.5 times what the service manages, and M16 with a flood of twice that."""
-        lengths, seconds = "--prompt 64:512 --reply 8:512", f"--seconds {self._size.seconds:g}"
-        crowd = f"--users {min(32, self._size.users)}"
-        (line,) = self._service(
-            "M15: capacity", f"{crowd} --clients {2 * min(32, self._size.users)} {seconds} {lengths}"
-        )
-        most = max(line["requests_per_s"], 0.1)
-        over = f"{crowd} --rate {1.5 * most:.2f} {seconds} {lengths} --slo {SLO:g}"
-        for seed in range(42, 42 + self._size.repeats):
+        lengths, seconds = "--prompt 64:512 --reply 8:512", f"--seconds {self._asked.seconds:g}"
+        users, least = f"--users {self._crowd}", 4 / self._asked.seconds  # so that somebody asks at all
+        lines = self._service("M15: capacity", f"{users} --clients {2 * self._crowd} {seconds} {lengths}")
+        if not lines:
+            return
+        most = lines[0]["requests_per_s"]
+        over = f"{users} --rate {max(1.5 * most, least):.2f} {seconds} {lengths} --slo {SLO:g}"
+        for seed in range(42, 42 + self._asked.repeats):
             self._service("M15", f"{over} --seed {seed}", patience=SLO - 1)
-        light = max(most / 8, 4 / self._size.seconds)  # so that somebody asks at all
-        flood = f"--users 8 --turns --rate {light:.3f} {seconds} --flood {2 * most:.2f} --compare alone"
-        self._service("M16", flood)
-
-    def _swaps(self) -> None:
-        self._program("swaps.py", "--flips", str(self._size.flips), "--users", "4", "--versions", "2")
+        light = f"--users 8 --turns --rate {max(most / 8, least):.3f} {seconds} {lengths}"
+        flood = f"--flood {max(2 * most, least):.2f} --compare alone --rounds {self._asked.repeats}"
+        self._service("M16", f"{light} {flood}")
 
     def _engine(self) -> None:
-        for part in self._size.parts:
+        for part in self._asked.parts:
             self._program("engine.py", "--only", part)
 
     def _service(self, measure: str, work: str, patience: float = 60.0) -> list[dict[str, Any]]:
         """`persona bench` with these options: a figure for each run, and how two sides compare."""
-        lines = self._lines(
-            "-m", "persona", "bench", *work.split(), "--json", PERSONA_ENGINE__PATIENCE_SECONDS=patience
-        )
+        command = ("-m", "persona", "bench", *work.split(), "--json")
+        lines = self._lines(measure, *command, PERSONA_ENGINE__PATIENCE_SECONDS=patience)
         for line in lines:
             self._bench.report(measure, **(_short(line) if "side" in line else {"side": "compared", **_ratios(line)}))
         return [line for line in lines if "side" in line]
 
     def _program(self, name: str, *options: str) -> None:
         """One of the benchmarks beside this file: its lines, as they are."""
-        for line in self._lines(str(HERE / name), *options):
+        for line in self._lines(name, str(HERE / name), *options):
             self._bench.report(line.pop("measure"), **line)
 
-    def _lines(self, *command: str, **settings: object) -> list[dict[str, Any]]:
-        """What a program writes. Ends this one where that fails: what was measured before is kept."""
+    def _lines(self, measure: str, *command: str, **settings: object) -> list[dict[str, Any]]:
+        """What a program writes. Where it fails that is told, beside what it has measured before."""
+        environment = self._environment | {name: str(value) for name, value in settings.items()}
         self._bench.let_go()
         done = subprocess.run(
-            [sys.executable, *command], env=self._environment | {name: str(value) for name, value in settings.items()},
-            stdout=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
-            sys.exit(f"`{' '.join(command)}` ended with {done.returncode}.")
+            self._bench.report("failed", what=measure, command=" ".join(command[1:]), code=done.returncode)
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]  # not what is logged
 
     @cached_property
     def _environment(self) -> dict[str, str]:
+        """With a first token in mind that waits for libraries of the device: a step may take its time."""
         return os.environ | {
             "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
             "PERSONA_CACHE": str(self._scratch),
             "PERSONA_MODEL__NAME": prepared(self._size, self._scratch, self._bench.device).name,
             "PERSONA_MODEL__WEIGHTS": "nf4",
             "PERSONA_MODEL__DEVICE": self._bench.device.type,
-            "PERSONA_ENGINE__MEMORY_MB": str(self._size.memory_mb),
-            "PERSONA_ENGINE__HOST_MB": str(self._size.memory_mb),
+            "PERSONA_ENGINE__MEMORY_MB": str(self._asked.memory_mb),
+            "PERSONA_ENGINE__HOST_MB": str(self._asked.memory_mb),
             "PERSONA_ENGINE__START_SECONDS": "900",
+            "PERSONA_ENGINE__HANG_SECONDS": "120",
         }
 
 
 def measures(bench: Bench, scratch: Path) -> dict[str, Callable[[], None]]:
     """The model is written, below `scratch`, when the first of them begins."""
-    return Service(bench, scratch).measures()
+    return Programs(bench, scratch).measures()
 
 
 def _short(line: dict[str, Any]) -> dict[str, object]:

@@ -13,11 +13,11 @@ from persona.engine.decoder import Decoder
 from persona.engine.graphs import DecodeGraphs
 from persona.engine.kernels import reference
 from persona.engine.kernels.reference import DecodeRows, Piece, PromptGroups, PromptRows
-from persona.engine.lora import Blocks, Gathered, Resident
+from persona.engine.lora import Blocks, Gathered, Resident, StepAdapters
 from persona.engine.runner import Runner
 from persona.engine.sequence import Plan
 from persona.engine.shape import TARGETS
-from persona.engine.weights import Nf4, Projection, product
+from persona.engine.weights import Nf4, Projection
 
 
 def measures(bench: Bench) -> dict[str, Callable[[], None]]:
@@ -177,12 +177,13 @@ def prompt_adapter_speed(bench: Bench, base: Decoder, tokens: int = 256) -> None
                     blocks.add(layer, target, x[target], y[target])
             return y["o"]
 
-        def plain(parts: list[tuple[int, int, Resident]] = parts) -> torch.Tensor:
+        stacked = StepAdapters()
+        stacked.arrange([], parts)
+
+        def plain(stacked: StepAdapters = stacked) -> torch.Tensor:
             for layer in range(shape.layers):
                 for target in TARGETS:
-                    for start, end, one in parts:
-                        a, b = one.factors[layer, target]
-                        y[target][start:end] += product(product(x[target][start:end], a), b)
+                    stacked.add(layer, target, x[target], y[target])
             return y["o"]
 
         times = {"ms": bench.seconds(kernels), "plain_ms": bench.seconds(plain)}

@@ -100,6 +100,7 @@ def prompts(prepared: prepare.Prepared, rounds: int) -> None:
         cache = KvCache(Memory(-(-4096 // paging.SIZE), size, base.device), base.shape, paging.SIZE, base.dtype)
         cache.memory.bytes.zero_()
         whole = native.steps(Settings().cache / "kernels", base, cache, 4096) if name == "compiled" else None
+        assert name != "compiled" or whole is not None, "there is no C compiler"
         if whole is None:
             base.widen()
         runner = Runner(base, cache, whole)

@@ -13,6 +13,7 @@ import adapters
 import pytest
 import torch
 from models import Models
+from parts import program
 from plain import logits, some_tokens
 from workbench import ADAPTER, PAGE, Bench
 
@@ -80,6 +81,8 @@ def test_rows_with_other_adapters_and_ranks_in_one_step_equal_each_alone(
     models: Models, tmp_path: Path, weights: str, dtype: torch.dtype | None, compiled: bool, most: float
 ) -> None:
     """Prompts as they are scored, which is done in plain torch, and replies, which come by prompts and decode rows."""
+    if compiled:
+        program("cc")
     bench = Bench(models, weights=weights, dtype=dtype, compiled=compiled, pages=2000)
     some: list[AdapterRef | None] = [
         adapter(bench, tmp_path, rank, rank=rank, alpha=2.0 * rank, size=1.0 / rank**0.5) for rank in (8, 16, 4, 64)

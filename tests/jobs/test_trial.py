@@ -139,16 +139,17 @@ async def test_a_version_is_quoted_as_served_what_it_has_not_absorbed(parts: Pri
     count = len(result.lengths)
     last = next(one for one in watched.scored if f"end{30 - count:02}" in parts.tokenizer.decode(one.tokens))
     at, order = watched.scored.index(last), [name for name in result.nats if name != "context"]
-    shown = {}
-    for place, name in enumerate(order):
-        some_prompts = watched.scored[at + place * count : at + (place + 1) * count]
-        shown[name] = {
-            i for one in some_prompts for i in range(30) if f"end{i:02}" in parts.tokenizer.decode(one.tokens)
-        }
-    tested = set(range(30 - count, 30))
-    assert shown["adapter"] == shown["adapter_served"] == tested
-    assert min(shown["stale_served"]) == 15 - count
-    assert min(shown["base_served"]) < 15 - count
+
+    def shown(name: str, message: int) -> set[int]:
+        """The messages that stand in the prompt of one, itself included."""
+        one = watched.scored[at + order.index(name) * count + message]
+        return {i for i in range(30) if f"end{i:02}" in parts.tokenizer.decode(one.tokens)}
+
+    assert shown("adapter", count - 1) == {29}
+    assert shown("adapter_served", count - 1) == set(range(30 - count, 30))
+    assert shown("adapter_served", 0) == {30 - count}
+    assert min(shown("stale_served", 0)) == 15 - count
+    assert min(shown("base_served", 0)) < 15 - count
 
 
 async def test_a_prior_is_where_everybody_starts_and_what_they_are_compared_with(

@@ -18,7 +18,8 @@ from persona.engine.kernels.reference import DecodeRows, PromptRows
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Signatures are those of reference.py, but for adapters, which are read by address: see triton_lora.py."""
+    """Signatures are those of reference.py, but for prompts, which come in blocks, and adapters, which are read by
+    address: see triton_lora.py."""
 
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DecodeRows], torch.Tensor]
     attend_prompts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PromptRows], torch.Tensor]

@@ -78,21 +78,23 @@ class PromptRows:
 class Alike(NamedTuple):
     """Pieces of much the same size, each padded to the longest and its keys to the most pages.
 
-    pages: [pieces, n] · rows: [pieces, longest], a piece's last row for what it lacks ·
-    mask: [pieces, 1, longest, n · size], True where seen
+    pages: [pieces, n] · rows: [pieces, longest], a piece's last row for what it lacks · own: the same, True where it
+    lacks nothing · mask: [pieces, 1, longest, n · size], True where seen
     """
 
     pages: torch.Tensor
     rows: torch.Tensor
+    own: torch.Tensor
     mask: torch.Tensor
 
     @classmethod
     def of(cls, pieces: list[Piece], size: int, device: torch.device) -> "Alike":
         pages = _pages(pieces, device)
         starts, ends, firsts = torch.tensor([piece[:3] for piece in pieces], device=device).unsqueeze(2).unbind(1)
-        rows = torch.minimum(starts + torch.arange(int((ends - starts).max()), device=device), ends - 1)
+        filled = starts + torch.arange(int((ends - starts).max()), device=device)
+        rows = torch.minimum(filled, ends - 1)
         seen = torch.arange(pages.shape[1] * size, device=device) <= (rows - starts + firsts)[:, :, None]
-        return cls(pages, rows, seen.unsqueeze(1))
+        return cls(pages, rows, filled < ends, seen.unsqueeze(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +114,9 @@ class PromptGroups:
             sizes.setdefault((_power(piece.end - piece.start), _power(len(piece.pages))), []).append(piece)
         groups = [Alike.of(some, size, device) for some in sizes.values()]
         rows = torch.cat([group.rows.flatten() for group in groups])
+        own = torch.cat([group.own.flatten() for group in groups])
         places = torch.empty(max(piece.end for piece in pieces), dtype=torch.int64, device=device)
-        places[rows] = torch.arange(len(rows), device=device)
+        places[rows[own]] = own.nonzero().flatten()
         return cls(groups, places)
 
 

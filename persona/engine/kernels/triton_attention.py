@@ -154,7 +154,7 @@ def _prompts(
 
 
 def attend_prompts(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: PromptRows) -> torch.Tensor:
-    """As reference.attend_prompts; strides as above."""
+    """As reference.attend_prompts, but block by block; strides as above."""
     assert q.stride(-1) == keys.stride(-1) == values.stride(-1) == rows.pages.stride(-1) == 1
     (count, heads, dim), (_, size, kv_heads, _) = q.shape, keys.shape
     out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
