@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from persona.engine import adapter_file, decoder, lora, prepare, protocol, random_adapter
+from persona.engine import adapter_file, decoder, lora, prepare, protocol, random_adapter, weights
 from persona.engine.adapter_file import Adapter
 from persona.engine.attention import KvCache
 from persona.engine.decoder import Decoder
@@ -80,7 +80,7 @@ class Side:
         memory = Memory(pages, KvCache.page_bytes(base.shape, SIZE, base.dtype), base.device)
         border = 0 if share is None else pages - round(pages * share)
         context = PagePool(border or pages, SIZE)
-        self.bell, self._thread = threading.Event(), ThreadPoolExecutor(1)
+        self.bell, self._thread = threading.Event(), ThreadPoolExecutor(1, initializer=weights.on_one_core)
         tiers = Tiers(
             lambda ref: adapter_file.read(Path(ref.path), ref.sha256, prepared.base, base.shape),
             lambda adapter: memory.needed(lora.nbytes(adapter, base.shape, base.dtype)),

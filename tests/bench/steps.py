@@ -10,7 +10,9 @@ The engine's own loop in this process, on the embedded model. One JSON line a me
 """
 
 import argparse
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ import torch
 
 from persona.engine import decoder, prepare, protocol
 from persona.engine.attention import KvCache
+from persona.engine.client import SPINS
 from persona.engine.grammar import Grammars
 from persona.engine.kernels import native
 from persona.engine.kernels.native import NativeSteps
@@ -139,4 +142,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "GOMP_SPINCOUNT" not in os.environ:  # read once, when OpenMP is loaded: as the service starts the engine
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GOMP_SPINCOUNT": SPINS})
     main()
