@@ -35,12 +35,20 @@ def service(port: int) -> Iterator[float]:
         process.wait(60)
 
 
+def tries() -> Iterator[None]:
+    """Again and again; ends the program where nothing has come of it for two minutes."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        yield
+    sys.exit("The service was not ready within two minutes: nothing was measured.")
+
+
 def first_token(port: int, key: str) -> None:
     """Returns once a piece of a reply has come."""
     body = {"model": "persona", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": True}
     url, head = f"http://127.0.0.1:{port}/v1/chat/completions", {"Authorization": f"Bearer {key}"}
     request = urllib.request.Request(url, json.dumps(body).encode(), {**head, "Content-Type": "application/json"})
-    while True:
+    for _ in tries():
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 for line in reply:
@@ -54,11 +62,12 @@ def user(port: int) -> str:
     """A key of a new user, as soon as the service makes one."""
     environment = os.environ | {"PERSONA_HTTP__PORT": str(port)}
     command = [sys.executable, "-m", "persona", "users", "add", "bench", "--json"]
-    while True:
+    for _ in tries():
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return str(json.loads(done.stdout)["key"])
         time.sleep(0.5)
+    raise AssertionError  # `tries` does not end
 
 
 def main() -> None:
