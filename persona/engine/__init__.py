@@ -15,7 +15,7 @@
     adapters     tiers.py: disk ─> RAM ─> device    ├── GPU: graphs.py                   a replay
                  (popularity.py says which stay;    └── else decoder.py, lora.py, attention.py, layer by layer
                  a thread beside the steps)
-    versions     awaiting.py: a flip, a stage or a drop waits for its moment between steps
+    versions     awaiting.py: staging, flips and a gate's scoring wait for room
 
 The service holds the other end: faces.py says what an engine promises, client.py is this one, scripted.py a double.
 What happens once: prepare.py, convert.py and quantize.py make the base's files, main.py puts all of it together.
