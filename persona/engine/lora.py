@@ -19,6 +19,7 @@ from persona.engine.adapter_file import Adapter, Array
 from persona.engine.kernels.choice import Kernels
 from persona.engine.kernels.reference import BLOCK
 from persona.engine.shape import TARGETS, Shape
+from persona.engine.weights import product
 
 Factors = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
 ALIGN = 64  # bytes: a cache line, and what vector loads like best
@@ -135,6 +136,20 @@ class _Group:
             out += torch.bmm(torch.bmm(part.to(b.dtype), a), b)
 
 
+@dataclass(frozen=True, slots=True)
+class _Lone:
+    """A prompt that no other is like: its rows stay where they are."""
+
+    start: int
+    end: int
+    factors: Factors
+
+    def add(self, key: tuple[int, str], x: torch.Tensor, y: torch.Tensor) -> None:
+        """x: [tokens, in] · y: [tokens, out], changed in place at this prompt's rows."""
+        if (found := self.factors.get(key)) is not None:
+            y[self.start : self.end] += product(product(x[self.start : self.end], found[0]), found[1])
+
+
 class _Pieces:
     """Prompts of much the same length whose adapters have one kind, each filled up with its last row: to a power of
     two, so that there are few shapes, as oneDNN compiles its products for each that it has not seen yet."""
@@ -217,7 +232,7 @@ class StepAdapters:
         self._rows: tuple[Resident | None, ...] = ()
         self._groups: list[_Group] = []
         self._gathered: Gathered | None = None
-        self._pieces: list[_Pieces] = []
+        self._pieces: list[_Pieces | _Lone] = []
         self._blocks: Blocks | None = None
 
     def arrange(self, decode: Sequence[Resident | None], segments: list[Span]) -> None:
@@ -270,24 +285,22 @@ def _grouped(rows: Sequence[Resident | None]) -> list[_Group]:
     return groups
 
 
-def _pieces(segments: Sequence[Span]) -> list[_Pieces]:
+def _pieces(segments: Sequence[Span]) -> list[_Pieces | _Lone]:
     alike: dict[tuple[object, int], list[Span]] = {}
     for start, end, adapter in segments:
         alike.setdefault((adapter.kind, (end - start - 1).bit_length()), []).append((start, end, adapter))
-    return [_Pieces(some, power) for (_, power), some in alike.items()]
+    return [
+        _Pieces(some, power) if len(some) > 1 else _Lone(some[0][0], some[0][1], some[0][2].factors)
+        for (_, power), some in alike.items()
+    ]
 
 
 def _stacked(adapters: Sequence[Resident]) -> Factors:
     stacks: Factors = {}
     for key in adapters[0].factors:
         pairs = [adapter.factors[key] for adapter in adapters]
-        stacks[key] = _side_by_side([a for a, _ in pairs]), _side_by_side([b for _, b in pairs])
+        stacks[key] = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
     return stacks
-
-
-def _side_by_side(some: list[torch.Tensor]) -> torch.Tensor:
-    """[n, …]: a view of one alone."""
-    return some[0].unsqueeze(0) if len(some) == 1 else torch.stack(some)
 
 
 def _quick(stacks: Factors) -> Factors:
