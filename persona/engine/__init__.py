@@ -11,7 +11,7 @@
     in a step    turns.py, ─────────┤               │                                stops.py, logprobs.py
                  sequence.py        │               │
     memory       pages.py, shelf.py,┤               │
-                 prefix.py          │               ├── CPU: kernels/native.py, step.c   one call
+                 prefix.py          │               ├── CPU: kernels/native.py, step.c, draw.c: two calls
     adapters     tiers.py: disk ─> RAM ─> device    ├── GPU: graphs.py                   a replay
                  (popularity.py says which stay;    └── else decoder.py, lora.py, attention.py, layer by layer
                  a thread beside the steps)

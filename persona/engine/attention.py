@@ -8,6 +8,8 @@ owner, not even a NaN behind a mask, reaches a later one. A full page may be rea
 version (prefix.py), and is not written again meanwhile.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from persona.engine.kernels import reference
@@ -35,9 +37,9 @@ class KvCache:
     def page_bytes(shape: Shape, size: int, dtype: torch.dtype) -> int:
         return 2 * shape.layers * size * shape.kv_heads * shape.head_dim * dtype.itemsize
 
-    def clear(self, pages: list[int]) -> None:
+    def clear(self, pages: Sequence[int]) -> None:
         """Zero `pages` for a new owner."""
-        self._pages[pages] = 0
+        self._pages[list(pages)] = 0
 
     def slot(self, page: int, place: int) -> int:
         """Where `write` puts the token at that place."""

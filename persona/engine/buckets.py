@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
     token: int
     position: int
-    pages: list[int]
+    pages: Sequence[int]
 
 
 def bucket(rows: int) -> int | None:
@@ -57,5 +57,5 @@ class Layout(NamedTuple):
     def _line(self, row: Row) -> list[int]:
         page, place = divmod(row.position, self.size)
         used = row.pages[: page + 1]
-        pages = used + [self.scratch] * (self.most - len(used))
+        pages = [*used, *[self.scratch] * (self.most - len(used))]
         return [row.token, row.position, row.pages[page] * self.stride + place, row.position + 1, *pages]

@@ -81,7 +81,7 @@ class EngineLoop:
         """patience: seconds within which a request must be admitted, or it is refused."""
         self._scheduler, self._runner, self._tiers, self._clock = scheduler, runner, tiers, clock
         self._text, self._train, self._about, self._send = text, train, about, send
-        self._underway = Underway(scheduler, eos, send)
+        self._underway = Underway(scheduler, eos, send, runner.choose)
         self._awaiting = Awaiting(tiers)
         self._compiling = Compiling(grammars)
         self._admission = Admission(scheduler, self._compiling, about, patience=patience, clock=clock)

@@ -8,7 +8,7 @@ import torch
 from persona.engine import logprobs, sampler
 from persona.engine.logprobs import Margin
 from persona.engine.protocol import Chunk, TokenLogprob
-from persona.engine.sampler import Sampler
+from persona.engine.sampler import Choose, Sampler
 from persona.engine.sequence import Sequence
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer
@@ -68,14 +68,16 @@ class Generation:
         return Chunk(text, self.generated, finish, error, beside, self.sequence.cached, told)
 
 
-def drawn(logits: torch.Tensor, samplers: list[Sampler], eos: Collection[int]) -> list[tuple[int, TokenLogprob | None]]:
-    """logits: [rows, vocab] → a token each and, where it was asked for, what is told of it."""
+def drawn(
+    logits: torch.Tensor, samplers: list[Sampler], eos: Collection[int], choose: Choose
+) -> list[tuple[int, TokenLogprob | None]]:
+    """logits: [rows, vocab] → a token each, or NOT_FINITE, and, where it was asked for, what is told of it."""
     rows = [row for row, one in enumerate(samplers) if one.sampling.logprobs is not None]
     plain = logits[rows] if rows else logits  # a copy: drawing changes logits
     sampler.without(logits, [one.sampling.ignore_eos for one in samplers], eos)
-    tokens = sampler.draw(logits, samplers)
+    tokens = sampler.draw(logits, samplers, choose)
     told: dict[int, TokenLogprob] = {}
     if rows:
         tops = [samplers[row].sampling.logprobs or 0 for row in rows]
-        told = dict(zip(rows, logprobs.of(plain, [tokens[row] for row in rows], tops), strict=True))
+        told = dict(zip(rows, logprobs.of(plain, [max(tokens[row], 0) for row in rows], tops), strict=True))
     return [(token, told.get(row)) for row, token in enumerate(tokens)]

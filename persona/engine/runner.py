@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from persona.engine import attention, logprobs
+from persona.engine import attention, logprobs, sampler
 from persona.engine.attention import KvCache
 from persona.engine.buckets import Row
 from persona.engine.decoder import Decoder
@@ -24,6 +24,7 @@ from persona.engine.kernels.native import NativeSteps, Part
 from persona.engine.kernels.reference import DecodeRows, Piece, PromptGroups, PromptRows
 from persona.engine.lora import Resident, StepAdapters
 from persona.engine.protocol import TokenLogprob
+from persona.engine.sampler import Choose
 from persona.engine.sequence import Plan, Segment, Sequence
 from persona.engine.weights import Projection
 
@@ -48,9 +49,8 @@ class Runner:
     @torch.no_grad()
     def run(self, plan: Plan, adapters: dict[int, Resident | None]) -> Result:
         """`adapters`: by sequence id. Afterwards each sequence's `computed` has moved on."""
-        decode = sorted(plan.decode, key=lambda s: _order(adapters[s.id]))
-        result = self._whole_step(decode, plan.prefill, adapters) or self._together(decode, plan.prefill, adapters)
-        for sequence in decode:
+        result = self._whole_step(plan, adapters) or self._together(plan.decode, plan.prefill, adapters)
+        for sequence in plan.decode:
             sequence.computed += 1
         for segment in plan.prefill:
             segment.sequence.computed = segment.end
@@ -59,20 +59,24 @@ class Runner:
     def forget(self) -> None:
         """Let go of the last step's adapters, which are kept for a next step with the same rows."""
         self._adapters = self._no_adapters()
-        if isinstance(self._whole, DecodeGraphs):
+        if self._whole is not None:
             self._whole.forget()
+
+    @property
+    def choose(self) -> Choose:
+        """How the next tokens are chosen among a step's logits."""
+        return self._whole.draw if isinstance(self._whole, NativeSteps) else sampler.in_torch
 
     def _no_adapters(self) -> StepAdapters:
         return StepAdapters(kernels(self._decoder.device.type))
 
-    def _whole_step(
-        self, decode: list[Sequence], prefill: list[Segment], adapters: dict[int, Resident | None]
-    ) -> Result | None:
+    def _whole_step(self, plan: Plan, adapters: dict[int, Resident | None]) -> Result | None:
         """The step in one piece, where there is a way: all but scores as compiled code, or decode rows as a replay."""
         match self._whole:
             case NativeSteps():
-                return self._compiled(self._whole, decode, prefill, adapters)
-            case DecodeGraphs() if decode and not prefill:
+                return self._compiled(self._whole, plan.decode, plan.prefill, adapters)
+            case DecodeGraphs() if plan.decode and not plan.prefill:
+                decode = _by_kind(plan.decode, adapters)
                 rows = [Row(s.tokens[s.computed], s.computed, s.pages) for s in decode]
                 logits = self._whole.logits(rows, [adapters[s.id] for s in decode])
                 return None if logits is None else Result(decode, logits, [])
@@ -107,6 +111,7 @@ class Runner:
 
     def _together(self, decode: list[Sequence], prefill: list[Segment], adapters: dict[int, Resident | None]) -> Result:
         """All rows layer by layer: they share the base's products."""
+        decode = _by_kind(decode, adapters)
         step = self._step(decode, prefill, adapters)
         h = self._decoder.embedded(step.tokens)
         for layer in range(self._decoder.shape.layers):
@@ -144,7 +149,7 @@ class Runner:
     def _decode_rows(self, decode: list[Sequence]) -> DecodeRows:
         size = self._cache.size
         used = max(s.computed // size + 1 for s in decode)
-        pages = self._tensor([(s.pages[:used] + s.pages[:1] * used)[:used] for s in decode])
+        pages = self._tensor([[*s.pages[:used], *[s.pages[0]] * used][:used] for s in decode])
         return DecodeRows.of(pages, self._tensor([s.computed + 1 for s in decode]), size)
 
     def _slot(self, sequence: Sequence, position: int) -> int:
@@ -205,9 +210,14 @@ class _Step:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _order(adapter: Resident | None) -> tuple[bool, int, int]:
-    """Rows of one kind side by side, rows without an adapter last."""
-    return (True, 0, 0) if adapter is None else (False, hash(adapter.kind), id(adapter))
+def _by_kind(decode: list[Sequence], adapters: dict[int, Resident | None]) -> list[Sequence]:
+    """Those whose adapters are of one kind side by side, those without an adapter last."""
+
+    def order(one: Sequence) -> tuple[bool, int, int]:
+        adapter = adapters[one.id]
+        return (True, 0, 0) if adapter is None else (False, hash(adapter.kind), id(adapter))
+
+    return sorted(decode, key=order)
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

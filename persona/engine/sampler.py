@@ -1,15 +1,16 @@
 """From logits to the next token, for all rows of a step at once.
 
-A row that wants the likeliest token and nothing else costs its share of one argmax. The others are computed together,
-each by its own numbers: penalties and biases touch the tokens that they name, a grammar rules tokens out, then come
-temperature, min-p, top-k and the nucleus, in vLLM's order. Chance comes from a generator of the row's own, so a seeded
-reply does not depend on who else is in the batch.
+Penalties and biases touch the tokens that they name, a grammar rules tokens out; then come temperature, min-p, top-k
+and the nucleus, in vLLM's order. A row that wants the likeliest token and nothing else costs its share of one argmax;
+the others are computed together, each by its own numbers, in torch here or by compiled code (kernels/draw.c). Chance
+comes from a generator of the row's own, so a seeded reply does not depend on who else is in the batch.
 """
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,23 @@ COLDEST = 1e-5  # temperatures up to here are greedy: dividing by them would ove
 FIRST = (64, 1024)  # tokens that a row which narrows its draw looks at, before its whole vocabulary is sorted
 BLOCK = 128  # tokens whose probabilities are added up before those of single tokens are looked at
 HOTTEST = 1e30  # and from here on all alike; an infinite one would make NaN of a token that is ruled out
+NOT_FINITE = -1  # in place of a token: the row's logits have no largest
+
+# logits: [rows, vocab], which may be changed · wishes: fp64 [rows, 5], a Wish each → a token each, or NOT_FINITE
+Choose = Callable[[torch.Tensor, np.ndarray], list[int]]
+
+
+class Wish(NamedTuple):
+    """How one row's next token is chosen among what penalties, biases and a grammar left."""
+
+    temperature: float  # 0: the likeliest token
+    top_k: float  # 0: no limit
+    top_p: float
+    min_p: float
+    chance: float  # in [0, 1)
+
+
+_LIKELIEST = Wish(0.0, 0.0, 1.0, 0.0, 0.0)
 
 
 class Sampler:
@@ -30,13 +48,20 @@ class Sampler:
         self.sampling = sampling
         self.grammar = grammar
         self._random = random.Random(None if sampling.seed is None else sampling.seed % (1 << 64))  # None: any
-        self.greedy = not (sampling.temperature > COLDEST and sampling.top_p > 0)
-        self.narrow = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+        self._greedy = not (sampling.temperature > COLDEST and sampling.top_p > 0)
+        self._heat = min(sampling.temperature, HOTTEST)
         self.tally = Tally(prompt if sampling.repetition_penalty != 1 else ()) if _penalises(sampling) else None
 
     def chance(self) -> float:
         """The next number in [0, 1) of this sequence."""
         return self._random.random()
+
+    def wish(self) -> Wish:
+        """For the next token."""
+        if self._greedy:
+            return _LIKELIEST
+        asked = self.sampling
+        return Wish(self._heat, max(asked.top_k, 0), asked.top_p, asked.min_p, self.chance())
 
     def took(self, token: int) -> None:
         """The sequence goes on with `token`."""
@@ -80,24 +105,34 @@ def without(logits: torch.Tensor, rows: Sequence[bool], tokens: Collection[int])
         logits[chosen, list(tokens)] = -torch.inf
 
 
-def draw(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
-    """logits: [rows, vocab] → one token a row. Logits of rows that ask for more are changed in place."""
+def draw(logits: torch.Tensor, samplers: list[Sampler], choose: Choose) -> list[int]:
+    """logits: [rows, vocab] → one token a row, or NOT_FINITE. Logits of rows that ask for more are changed in place."""
     _penalise(logits, [(row, one) for row, one in enumerate(samplers) if one.tally is not None])
     _bias(logits, [(row, one) for row, one in enumerate(samplers) if one.sampling.logit_bias])
     _constrain(logits, [(row, one.grammar) for row, one in enumerate(samplers) if one.grammar is not None])
-    tokens = [0] * len(samplers)
-    if any(one.greedy for one in samplers):
-        tokens = [int(token) for token in logits.argmax(-1).tolist()]
-    for narrow in (False, True):
-        rows = [row for row, one in enumerate(samplers) if not one.greedy and one.narrow is narrow]
-        if rows:
-            choose = _from_the_likeliest if narrow else _from_all
-            some = logits if len(rows) == len(samplers) else logits[rows]
-            for row, token in zip(rows, choose(some, [samplers[row] for row in rows]), strict=True):
-                tokens[row] = token
+    tokens = choose(logits, np.array([one.wish() for one in samplers], np.float64))
     for one, token in zip(samplers, tokens, strict=True):
-        one.took(token)
+        if token != NOT_FINITE:
+            one.took(token)
     return tokens
+
+
+def in_torch(logits: torch.Tensor, wishes: np.ndarray) -> list[int]:
+    """A Choose for any device."""
+    finite = logits.amax(-1).isfinite().tolist()
+    if not all(finite):
+        logits = logits.nan_to_num()
+    heat, top_k, top_p, min_p, _ = wishes.T
+    greedy = heat == 0
+    narrow = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    tokens = np.zeros(len(wishes), np.int64)
+    if greedy.any():
+        tokens[:] = logits.argmax(-1).tolist()
+    for chosen, chosen_from in ((~greedy & ~narrow, _from_all), (~greedy & narrow, _from_the_likeliest)):
+        if rows := chosen.nonzero()[0].tolist():
+            some = logits if len(rows) == len(wishes) else logits[rows]
+            tokens[rows] = chosen_from(some, wishes[rows])
+    return [int(token) for token in np.where(finite, tokens, NOT_FINITE)]
 
 
 def _penalises(sampling: Sampling) -> bool:
@@ -169,14 +204,14 @@ def _constrain(logits: torch.Tensor, rows: list[tuple[int, Grammar]]) -> None:
     logits[index] = logits[index].masked_fill(ruled_out, -torch.inf)
 
 
-def _from_all(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
+def _from_all(logits: torch.Tensor, wishes: np.ndarray) -> list[int]:
     """logits: [rows, vocab] → a token each, from the whole vocabulary: first its block, then its place in there."""
-    probabilities = _tempered(logits, samplers)
+    probabilities = _tempered(logits, wishes)
     whole = probabilities.shape[1] // BLOCK * BLOCK
-    blocks = probabilities[:, :whole].reshape(len(samplers), -1 if whole else 0, BLOCK).sum(-1, dtype=torch.float64)
+    blocks = probabilities[:, :whole].reshape(len(wishes), -1 if whole else 0, BLOCK).sum(-1, dtype=torch.float64)
     rest = probabilities[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
     mass = torch.cat([blocks, rest], 1).cumsum(-1)
-    wanted = _chances(samplers, mass)
+    wanted = _chances(wishes, mass)
     block = _place(mass, wanted)
     places = block * BLOCK + torch.arange(BLOCK, device=mass.device)
     inside = probabilities.gather(1, places.clamp(max=probabilities.shape[1] - 1))
@@ -186,73 +221,73 @@ def _from_all(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
     return [int(token) for token in found.flatten().tolist()]
 
 
-def _from_the_likeliest(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
+def _from_the_likeliest(logits: torch.Tensor, wishes: np.ndarray) -> list[int]:
     """logits: [rows, vocab] → a token each, from what min-p, top-k and the nucleus (Holtzman et al. 2020) leave.
 
     All three keep a beginning of the tokens in order of probability, mostly a short one. Only a row whose beginning is
     longer than those of FIRST has its whole vocabulary sorted, which depends on this row alone.
     """
-    probabilities = _tempered(logits, samplers)
+    probabilities = _tempered(logits, wishes)
     whole = probabilities.sum(-1, keepdim=True, dtype=torch.float64)
-    found, left = [0] * len(samplers), list(range(len(samplers)))
+    found, left = np.zeros(len(wishes), np.int64), np.arange(len(wishes))
     for count in (*FIRST, probabilities.shape[1]):
-        some = probabilities if len(left) == len(samplers) else probabilities[left]
+        some = probabilities if len(left) == len(wishes) else probabilities[left.tolist()]
         last = count >= probabilities.shape[1]
         ordered, tokens = some.sort(descending=True, stable=True) if last else some.topk(count)
-        asked = [samplers[row] for row in left]
-        done = [last] * len(left) if last else _is_short(ordered, whole[left], asked)
-        if rows := [place for place, one in enumerate(done) if one]:
-            drawn = _narrowed(ordered[rows], tokens[rows], whole[left][rows], [asked[place] for place in rows])
-            for place, token in zip(rows, drawn, strict=True):
-                found[left[place]] = token
-        left = [row for row, one in zip(left, done, strict=True) if not one]
-        if not left:
+        done = np.full(len(left), last) if last else _is_short(ordered, whole[left.tolist()], wishes[left])
+        if rows := done.nonzero()[0].tolist():
+            mine = left[rows]
+            found[mine] = _narrowed(ordered[rows], tokens[rows], whole[mine.tolist()], wishes[mine])
+        left = left[~done]
+        if not left.size:
             break
+    return [int(token) for token in found]
+
+
+def _is_short(ordered: torch.Tensor, whole: torch.Tensor, wishes: np.ndarray) -> np.ndarray:
+    """ordered: [rows, n], the likeliest · whole: [rows, 1] → [rows], whether a row keeps none beyond these."""
+    _, top_k, top_p, min_p, _ = wishes.T
+    by_min_p = ordered[:, -1:] < ordered[:, :1] * _column(min_p, ordered)
+    by_nucleus = ordered.sum(-1, keepdim=True, dtype=torch.float64) >= whole * _column(top_p, whole)
+    nucleus = np.array(by_nucleus.flatten().tolist()) & _by_nucleus_alone(wishes)
+    found: np.ndarray = np.array(by_min_p.flatten().tolist()) | (top_k > 0) & (top_k <= ordered.shape[1]) | nucleus
     return found
 
 
-def _is_short(ordered: torch.Tensor, whole: torch.Tensor, samplers: list[Sampler]) -> list[bool]:
-    """ordered: [rows, n], the likeliest · whole: [rows, 1] → [rows], whether a row keeps none beyond these."""
-    asked = [one.sampling for one in samplers]
-    by_min_p = ordered[:, -1:] < ordered[:, :1] * _column([s.min_p for s in asked], ordered)
-    nucleus = ordered.sum(-1, keepdim=True, dtype=torch.float64) >= whole * _column([s.top_p for s in asked], whole)
-    sure = zip(by_min_p.flatten().tolist(), nucleus.flatten().tolist(), samplers, strict=True)
-    count = ordered.shape[1]
-    return [a or 0 < one.sampling.top_k <= count or (b and _by_nucleus_alone(one)) for a, b, one in sure]
+def _by_nucleus_alone(wishes: np.ndarray) -> np.ndarray:
+    _, top_k, _, min_p, _ = wishes.T
+    alone: np.ndarray = (top_k == 0) & (min_p <= 0)
+    return alone
 
 
-def _by_nucleus_alone(one: Sampler) -> bool:
-    return one.sampling.top_k <= 0 and one.sampling.min_p <= 0
-
-
-def _narrowed(ordered: torch.Tensor, tokens: torch.Tensor, whole: torch.Tensor, samplers: list[Sampler]) -> list[int]:
+def _narrowed(ordered: torch.Tensor, tokens: torch.Tensor, whole: torch.Tensor, wishes: np.ndarray) -> list[int]:
     """ordered, tokens: [rows, n], the likeliest first · whole: [rows, 1] → a token each.
 
     The nucleus is that of what min-p and top-k left.
     """
-    asked = [one.sampling for one in samplers]
-    ordered[ordered < ordered[:, :1] * _column([s.min_p for s in asked], ordered)] = 0
+    _, top_k, top_p, min_p, _ = wishes.T
+    ordered[ordered < ordered[:, :1] * _column(min_p, ordered)] = 0
     ranks = torch.arange(ordered.shape[1], device=ordered.device)
-    ordered[ranks >= _column([s.top_k if s.top_k > 0 else len(ranks) for s in asked], ordered)] = 0
+    ordered[ranks >= _column(np.where(top_k > 0, top_k, len(ranks)), whole)] = 0
     mass = ordered.cumsum(-1, dtype=torch.float64)
     before = mass - ordered  # in front of each token: the first always stays
-    left = torch.where(_column([_by_nucleus_alone(one) for one in samplers], mass) > 0, whole, mass[:, -1:])
-    ordered[before >= left * _column([s.top_p for s in asked], mass)] = 0
+    left = torch.where(_column(_by_nucleus_alone(wishes), mass) > 0, whole, mass[:, -1:])
+    ordered[before >= left * _column(top_p, mass)] = 0
     mass = ordered.cumsum(-1, dtype=torch.float64)
-    found = tokens.gather(1, _place(mass, _chances(samplers, mass)))
+    found = tokens.gather(1, _place(mass, _chances(wishes, mass)))
     return [int(token) for token in found.flatten().tolist()]
 
 
-def _tempered(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
+def _tempered(logits: torch.Tensor, wishes: np.ndarray) -> torch.Tensor:
     """[rows, vocab] fp32 probabilities at each row's temperature. Changes the logits."""
     logits = logits.float()
-    heat = _column([min(one.sampling.temperature, HOTTEST) for one in samplers], logits)
+    heat = _column(wishes[:, 0], logits)
     return torch.softmax(logits.sub_(logits.amax(-1, keepdim=True)).div_(heat), -1)
 
 
-def _chances(samplers: list[Sampler], mass: torch.Tensor) -> torch.Tensor:
+def _chances(wishes: np.ndarray, mass: torch.Tensor) -> torch.Tensor:
     """mass: [rows, n] cumulated → [rows, 1], where each row's chance falls in it."""
-    return _column([one.chance() for one in samplers], mass) * mass[:, -1:]
+    return _column(wishes[:, 4], mass) * mass[:, -1:]
 
 
 def _place(mass: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -261,6 +296,6 @@ def _place(mass: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(mass, torch.minimum(wanted, whole.nextafter(whole * 0)), right=True)
 
 
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+def _column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     """[rows, 1] on the device and of the type of `like`."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

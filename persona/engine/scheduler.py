@@ -109,10 +109,10 @@ class Scheduler:
             self._waiting[sequence.background].discard(sequence)
         if not sequence.background:
             self.shares.go(sequence.user_id)
-        own = sequence.pages[len(sequence.blocks) :]
+        own = list(sequence.pages[len(sequence.blocks) :])
         self.prefix.release(sequence.blocks)
         self.pool.give(own)
-        sequence.pages.clear()
+        sequence.pages = ()
         sequence.blocks.clear()
         if sequence.lease is not None:
             self._adapters.release(sequence.lease)
@@ -123,7 +123,7 @@ class Scheduler:
         sequence."""
         admitted, refused = list[Sequence](), list[Sequence]()
         self._adapters.shelf.expect(s.adapter for s in self._near() if s.adapter is not None)
-        if (admit or not self._running) and self._admit(admitted, refused):
+        if self.waiting and (admit or not self._running) and self._admit(admitted, refused):
             self._prefetch()
         decode, segments = self._turns.next(self._running)
         if not decode and not segments:
@@ -158,8 +158,10 @@ class Scheduler:
         """Assert that no page and no lease leaked, and that every user's requests are counted."""
         everybody, shelf = list(self.sequences()), self._adapters.shelf
         for one in everybody:
-            assert one.pages[: len(one.blocks)] == [block.page for block in one.blocks], "pages are not their blocks'"
-        own = [one.pages[len(one.blocks) :] for one in everybody]
+            assert one.pages[: len(one.blocks)] == tuple(block.page for block in one.blocks), (
+                "pages are not their blocks'"
+            )
+        own = [list(one.pages[len(one.blocks) :]) for one in everybody]
         self.prefix.check([one.blocks for one in everybody], [*own, *(lease.pages for lease in shelf.leases)])
         shelf.check([one.lease for one in everybody if one.lease is not None])
         self.shares.check(one.user_id for one in everybody if not one.background)
@@ -225,7 +227,7 @@ class Scheduler:
         pages = self.prefix.take(blocks, self.pool.needed(sequence.limit) - len(blocks))
         if pages is None:
             return False
-        sequence.pages, sequence.blocks = [*(block.page for block in blocks), *pages], blocks
+        sequence.pages, sequence.blocks = (*(block.page for block in blocks), *pages), blocks
         sequence.computed = sequence.cached = len(blocks) * self.pool.size
         if owner:
             self.prompt_tokens += sequence.prompt

@@ -34,7 +34,7 @@ class Sequence:
     since: float = 0.0  # when it was asked for, by the loop's clock
     computed: int = 0
     cached: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: tuple[int, ...] = ()  # all that it may need, from admission on: never others
     blocks: list[Block] = field(default_factory=list)
 
     @property

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from persona.engine import protocol, reply, slices
+from persona.engine import protocol, reply, sampler, slices
 from persona.engine.protocol import Piece, Reply, Scores, TokenLogprob
 from persona.engine.refusals import failed, starved
 from persona.engine.reply import Generation
 from persona.engine.runner import Result
+from persona.engine.sampler import Choose
 from persona.engine.scheduler import Scheduler
 from persona.engine.sequence import Sequence
 from persona.errors import Busy, EngineDown, PersonaError, Unprocessable
@@ -39,8 +40,11 @@ Job = Generation | Score | Ahead
 class Underway:
     """All of them, by the number of the request."""
 
-    def __init__(self, scheduler: Scheduler, eos: frozenset[int], send: Callable[[Reply], None]) -> None:
-        self._scheduler, self._eos, self._send = scheduler, eos, send
+    def __init__(
+        self, scheduler: Scheduler, eos: frozenset[int], send: Callable[[Reply], None], choose: Choose
+    ) -> None:
+        """choose: how the next tokens are chosen among logits."""
+        self._scheduler, self._eos, self._send, self._choose = scheduler, eos, send, choose
         self._jobs: dict[int, Job] = {}
         self.generated = 0  # tokens, so far
 
@@ -95,16 +99,14 @@ class Underway:
 
     def _draw(self, result: Result) -> None:
         """The next token of each reply."""
-        finite = result.logits.amax(-1).isfinite().tolist()
         jobs = [self._jobs[s.id] for s in result.next]
         samplers = [job.sampler for job in jobs if isinstance(job, Generation)]
-        logits = result.logits if all(finite) else result.logits.nan_to_num()
-        drawn = reply.drawn(logits, samplers, self._eos)
-        for sequence, (token, told), sound in zip(result.next, drawn, finite, strict=True):
-            if sound:
-                self._extend(sequence.id, token, told)
-            else:
+        drawn = reply.drawn(result.logits, samplers, self._eos, self._choose)
+        for sequence, (token, told) in zip(result.next, drawn, strict=True):
+            if token == sampler.NOT_FINITE:
                 self.finish(sequence.id, "error", NOT_FINITE, Unprocessable if sequence.adapter else EngineDown)
+            else:
+                self._extend(sequence.id, token, told)
 
     def _extend(self, job: int, token: int, told: TokenLogprob | None) -> None:
         generation = self._jobs[job]

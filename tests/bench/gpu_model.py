@@ -156,7 +156,7 @@ def sequences(rows: int, length: int, room: int) -> list[Sequence]:
     each = pages(room)
     return [
         Sequence(
-            row, [1] * (length + 1), length, room, computed=length, pages=list(range(row * each, (row + 1) * each))
+            row, [1] * (length + 1), length, room, computed=length, pages=tuple(range(row * each, (row + 1) * each))
         )
         for row in range(rows)
     ]

@@ -7,6 +7,7 @@ it, run the same beside two busy processes, with and without GOMP_SPINCOUNT=1000
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +133,8 @@ def timed_call(work: Callable[[], object]) -> float:
 
 
 def draw() -> None:
-    """The next token of 32 rows over the embedded model's vocabulary, by what the rows ask for."""
+    """The next token of 32 rows over the embedded model's vocabulary, by what the rows ask for: torch beside compiled
+    code, in turn."""
     kinds = {
         "greedy": Sampling(),
         "temperature": Sampling(temperature=1.0),
@@ -141,10 +144,18 @@ def draw() -> None:
     }
     found, ranks = {}, torch.stack([torch.randperm(49_152) for _ in range(32)]) + 1
     logits = -2 * ranks.float().log()  # as steep as a language model's: 64 words have 0.99
+    code = native.library(Settings().cache / "native", torch.float32)
+    assert code is not None, "there is no C compiler"
+    ways = (sampler.in_torch, native.Draw(ctypes.CDLL(str(code))))
     for name, sampling in kinds.items():
         samplers = [Sampler(sampling, range(200)) for _ in range(32)]
-        found[name] = rounded(timed(lambda samplers=samplers: sampler.draw(logits.clone(), samplers), 30))
-    report("draw for 32 rows, ms", **found, copy_of_logits=rounded(timed(logits.clone, 30)))
+        times: list[list[float]] = [[], []]
+        for _ in range(30):
+            for side, way in enumerate(ways):
+                some = logits.clone()  # drawing changes them
+                times[side].append(timed_call(partial(sampler.draw, some, samplers, way)))
+        found[name] = [rounded(side, 2) for side in times]
+    report("draw for 32 rows, ms: torch, compiled", **found)
 
 
 def few_rows() -> None:

@@ -110,7 +110,7 @@ def prompts(prepared: prepare.Prepared, rounds: int) -> None:
 
         def run(behind: int, runner: Runner = runner, pages: int = cache.memory.pages) -> None:
             some = paging.text(behind, length=behind + CHUNK)
-            one = Sequence(1, some, len(some), len(some) + 1, computed=behind, cached=behind, pages=list(range(pages)))
+            one = Sequence(1, some, len(some), len(some) + 1, computed=behind, cached=behind, pages=tuple(range(pages)))
             runner.run(Plan([], [Segment(one, behind, len(some))]), {1: None})
 
         runs[name] = run

@@ -226,7 +226,7 @@ def test_masks_are_the_same_alone_and_in_a_batch(bench: Bench) -> None:
     rows = torch.randn(3, bench.shape.vocab)
     samplers = [Sampler(Sampling(), (), made.compile(one).result()) for one in (PERSON, FLAG, PERSON)]
     changed = rows.clone()
-    sampler.draw(changed, samplers)
+    sampler.draw(changed, samplers, sampler.in_torch)
     assert torch.equal(changed[0].isinf(), changed[2].isinf())
     assert 0 < int(changed[0].isfinite().sum()) < bench.shape.vocab
     kept = changed.isfinite()

@@ -240,7 +240,7 @@ class Rooms(RuleBasedStateMachine):
     def _end(self, one: Sequence) -> None:
         self.here.remove(one)
         self.rooms.remove(one)
-        assert one.pages == []
+        assert one.pages == ()
         assert one.lease is None
 
     def _everything_is_idle(self) -> None:

@@ -1,18 +1,43 @@
 """The next token: greedy, tempered, narrowed, penalised, and the same again for the same seed."""
 
+import ctypes
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from models import Models
+from parts import program
+from watched import Operations
 
 from persona.engine import sampler
+from persona.engine.kernels import native
 from persona.engine.protocol import Sampling
-from persona.engine.sampler import Sampler
+from persona.engine.sampler import Choose, Sampler
+
+WAY: list[Choose] = []  # the last one is asked
+
+
+@pytest.fixture(scope="module", autouse=True, params=["torch", "compiled"])
+def _way(request: pytest.FixtureRequest, models: Models) -> Iterator[None]:
+    """Everything here holds for both."""
+    if request.param == "torch":
+        WAY.append(sampler.in_torch)
+    else:
+        program("cc")
+        code = native.library(models.root / "kernels", torch.float32)
+        assert code is not None
+        WAY.append(native.Draw(ctypes.CDLL(str(code))))
+    yield
+    WAY.pop()
+
+
+def draw(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
+    return sampler.draw(logits, samplers, WAY[-1])
 
 
 @pytest.fixture
@@ -23,7 +48,7 @@ def logits() -> torch.Tensor:
 def draws(logits: torch.Tensor, count: int, prompt: list[int] | None = None, **options: Any) -> list[int]:
     """`count` tokens of one sequence, whose model always says the same."""
     one = Sampler(Sampling(**options), prompt or [])
-    return [sampler.draw(logits.clone()[None], [one])[0] for _ in range(count)]
+    return [draw(logits.clone()[None], [one])[0] for _ in range(count)]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}])
@@ -58,7 +83,7 @@ def test_a_seeded_row_draws_the_same_whoever_stands_beside_it(logits: torch.Tens
     rows = torch.stack([logits.flip(0), logits, logits * 0.1])
     samplers = [Sampler(Sampling(temperature=t, seed=3)) for t in (1.0, 0.9, 0.0)]
     samplers[1] = Sampler(Sampling(temperature=0.9, top_p=0.9, seed=3))
-    together = [sampler.draw(rows.clone(), samplers) for _ in range(20)]
+    together = [draw(rows.clone(), samplers) for _ in range(20)]
     assert [tokens[1] for tokens in together] == alone
     assert {tokens[2] for tokens in together} == {int(logits.argmax())}
 
@@ -203,7 +228,7 @@ def test_penalties_and_biases_are_those_of_the_definition(
     for token in said:
         one.took(token)
     rows = torch.stack([logits, logits, logits.neg()])
-    sampler.draw(rows, [plain, one, plain])
+    draw(rows, [plain, one, plain])
     assert torch.allclose(rows[1].double(), slow(logits, said, prompt, sampling), atol=1e-4)
     assert torch.equal(rows[0], logits)
     assert torch.equal(rows[2], -logits)
@@ -248,33 +273,23 @@ def test_a_row_is_drawn_as_alone_whatever_kinds_stand_beside_it(order: list[int]
     chosen = order[:size]
     alone = {kind: draws(rows[kind], 12, [1, 2, 3], **KINDS[kind]) for kind in chosen}
     samplers = [Sampler(Sampling(**KINDS[kind]), [1, 2, 3]) for kind in chosen]
-    together = [sampler.draw(rows[chosen], samplers) for _ in range(12)]
+    together = [draw(rows[chosen], samplers) for _ in range(12)]
     assert {kind: [tokens[place] for tokens in together] for place, kind in enumerate(chosen)} == alone
 
 
-class Operations(TorchDispatchMode):
-    """Writes down every operation of torch and how many values it makes; one in place makes none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        made = result[0] if isinstance(result, tuple) else result
-        self.seen.append((name, 0 if name.endswith("_") else made.numel()))
-        return result
-
-
 def operations(kinds: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """Of a draw in torch, without those by which it sees whether logits are finite."""
     samplers = [Sampler(Sampling(**kind), [1, 2, 3]) for kind in kinds]
     rows = torch.randn(len(kinds), 5000)
     for one in samplers:
         one.took(7)
+    with Operations() as check:
+        rows.amax(-1).isfinite()
     with Operations() as mode:
-        sampler.draw(rows, samplers)
-    return mode.seen
+        sampler.draw(rows, samplers, sampler.in_torch)
+    start = mode.seen.index(check.seen[0])
+    assert mode.seen[start : start + len(check.seen)] == check.seen
+    return mode.seen[:start] + mode.seen[start + len(check.seen) :]
 
 
 def test_greedy_rows_that_ask_for_nothing_cost_one_argmax() -> None:
@@ -301,3 +316,63 @@ def test_rows_that_ask_for_nothing_cost_nothing_beside_one_that_does() -> None:
 def test_penalties_touch_the_tokens_that_were_said_and_no_others() -> None:
     touched = operations([{"frequency_penalty": 1.0, "repetition_penalty": 1.2}])
     assert max(size for name, size in touched if name != "aten::argmax") <= 4
+
+
+# --- logits that are none
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}])
+def test_a_row_without_a_largest_logit_gets_no_token_and_its_neighbours_theirs(
+    logits: torch.Tensor, kind: dict[str, Any], broken: float
+) -> None:
+    rows = torch.stack([logits, logits, logits])
+    rows[1, :] = broken
+    rows[2, 7] = math.nan
+    found = draw(rows.clone(), [Sampler(Sampling(seed=1, **kind)) for _ in range(3)])
+    assert found[1:] == [sampler.NOT_FINITE] * 2
+    assert found[0] == draws(logits, 1, seed=1, **kind)[0]
+
+
+@given(
+    vocab=st.sampled_from([1, 15, 16, 17, 127, 128, 129, 1000, 5000]),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 4.0, 30.0]),
+    ruled_out=st.sampled_from([0.0, 0.5, 0.99]),
+    temperature=st.sampled_from([0.0, 0.05, 0.7, 1.0, 3.0, 1e30]),
+    top_k=st.sampled_from([0, 1, 5, 64, 900]),
+    top_p=st.sampled_from([1.0, 0.999, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 1e-6, 0.05, 0.9]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_token_is_where_the_definition_has_it(
+    vocab: int, spread: float, ruled_out: float, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+) -> None:
+    """Sums are rounded, so a chance that falls near the border of two tokens may have either."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(vocab, generator=generator) * spread
+    logits[torch.rand(vocab, generator=generator) < ruled_out] = -torch.inf
+    logits[seed % vocab] = 1.0
+    wishes = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    token = draw(logits.clone()[None], [Sampler(wishes)])[0]
+    if temperature == 0:
+        assert logits[token] == logits.max()
+        return
+    chance = Sampler(wishes).chance()
+    mass = torch.softmax(logits.double() / temperature, -1)
+    likeliest = mass.argsort(descending=True, stable=True)
+    ordered = mass[likeliest]
+    ordered[ordered < ordered[0] * min_p * (1 - 1e-6)] = 0
+    if top_k:
+        ordered[top_k:] = 0
+    whole = mass.sum() if not top_k and not min_p else ordered.sum()
+    ordered[ordered.cumsum(-1) - ordered > whole * top_p + 1e-6] = 0
+    place = likeliest.tolist().index(token)
+    assert mass[token] > 0
+    assert ordered[place] > 0 or mass[token] <= 1e-5 or bool((mass == mass[token]).sum() > 1)
+    if top_k or top_p < 1 or min_p:
+        if (mass == mass[token]).sum() == 1:
+            ends = ordered.cumsum(-1) / ordered.sum()
+            assert (ends[place - 1] if place else 0) - 1e-4 <= chance <= ends[place] + 1e-4
+    else:
+        ends = mass.cumsum(-1)
+        assert (ends[token - 1] if token else 0) - 1e-5 <= chance <= ends[token] + 1e-5

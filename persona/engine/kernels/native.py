@@ -1,7 +1,8 @@
-"""A step compiled for this CPU (step.c): built once with the machine's C compiler, kept in the cache folder.
+"""A step compiled for this CPU (step.c, draw.c): built once with the machine's C compiler, kept in the cache folder.
 
 Nothing here is needed: without a compiler, on another system or for a network that step.c does not know, steps run in
-plain torch. OpenMP is that of torch, so both share one set of threads.
+plain torch. OpenMP is that of torch, so both share one set of threads. What a step reads stands in memory that is used
+again: while the same sequences say one token after another, only their tokens and positions are written anew.
 """
 
 import ctypes
@@ -11,10 +12,11 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import structlog
 import torch
 
@@ -26,7 +28,8 @@ from persona.engine.shape import TARGETS
 from persona.engine.weights import Int4, Projection, block
 from persona.engine.words import Words
 
-SOURCE = Path(__file__).with_name("step.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("step.c", "draw.c")]
+HEADER = Path(__file__).with_name("vectors.h")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 SECONDS = 120  # for the compiler
 
@@ -64,7 +67,7 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, _Int) for name in ("rows", "sequences", "width", "spoken")),
+        *((name, _Int) for name in ("rows", "sequences", "width", "room", "spoken")),
         *((name, _Pointer) for name in ("tokens", "positions", "sequence", "pages", "tables")),
         *((name, _Pointer) for name in ("speakers", "logits", "scratch")),
         ("threads", _Int),
@@ -79,13 +82,13 @@ class Part(NamedTuple):
 
     tokens: Sequence[int]
     start: int
-    pages: Sequence[int]
+    pages: tuple[int, ...]
     adapter: Resident | None
     speaks: bool
 
 
 def library(folder: Path, cell: torch.dtype, *flags: str) -> Path | None:
-    """step.c compiled for this machine, in `folder`; None where that cannot be done.
+    """SOURCES compiled for this machine, in `folder`; None where that cannot be done.
 
     cell: type of a value in the cache and in adapters, fp32 or bf16 · flags: more of the compiler's.
     """
@@ -100,7 +103,7 @@ def library(folder: Path, cell: torch.dtype, *flags: str) -> Path | None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as apart:
             out = Path(apart) / made.name
-            asked = [*command, *options, str(SOURCE), "-o", str(out), "-lm"]
+            asked = [*command, *options, *map(str, SOURCES), "-o", str(out), "-lm"]
             subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SECONDS)
             out.replace(made)
     except (OSError, subprocess.SubprocessError) as error:
@@ -114,7 +117,8 @@ def _fingerprint(command: list[str], options: list[str]) -> str:
     told = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     kind = [line for line in cpu if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    parts = (SOURCE.read_text(encoding="utf-8"), *options, *command, told, *kind)
+    written = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
+    parts = (*written, *options, *command, told, *kind)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -131,6 +135,7 @@ class NativeSteps:
         assert fits(decoder, cache)
         self._code = ctypes.CDLL(str(path))
         self._code.scratch_bytes.restype = _Int
+        self.draw = Draw(self._code)
         self._decoder, self._cache, shape, self._dtype = decoder, cache, decoder.shape, decoder.dtype
         cos, sin = decoder.turns(torch.arange(context))
         self._kept: list[object] = [cos, sin, decoder.embed, decoder.head]  # what the model points to
@@ -148,33 +153,26 @@ class NativeSteps:
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, shape.vocab)
         self._room = torch.empty(0, shape.hidden)
+        self._tables = _Tables()
 
     def logits(self, parts: Sequence[Part]) -> torch.Tensor | None:
         """Those of the parts that speak: [parts, vocab] fp32, which the next step overwrites. None: an adapter is too
         wide, and nothing was done."""
-        width = max(-(-(part.start + len(part.tokens)) // self._cache.size) for part in parts)
-        rows = [
-            (token, position, number)
-            for number, part in enumerate(parts)
-            for position, token in enumerate(part.tokens, part.start)
-        ]
-        ends = list(accumulate(len(part.tokens) for part in parts))
-        speakers = torch.tensor([end - 1 for end, part in zip(ends, parts, strict=True) if part.speaks])
-        integers = torch.tensor(rows).t().contiguous()
-        pages = torch.tensor([[*part.pages[:width], *[0] * (width - len(part.pages))] for part in parts])
-        tables = (_Pointer * len(parts))(*(None if part.adapter is None else _table(part.adapter) for part in parts))
-        step = _Step(
-            len(rows), len(parts), width, len(speakers), *(column.data_ptr() for column in integers),
-            pages.data_ptr(), ctypes.addressof(tables), speakers.data_ptr(), threads=torch.get_num_threads(),
-        )  # fmt: skip
-        if len(speakers) > len(self._logits):
-            self._logits = torch.empty(len(speakers), self._decoder.shape.vocab)
+        step = self._tables.filled(parts)
+        step.width = max(-(-(part.start + len(part.tokens)) // self._cache.size) for part in parts)
+        step.threads = torch.get_num_threads()
+        if step.spoken > len(self._logits):
+            self._logits = torch.empty(step.spoken, self._decoder.shape.vocab)
         needed = self._code.scratch_bytes(ctypes.byref(self._model), ctypes.byref(step))
         if needed > len(self._scratch):
             self._scratch = torch.empty(needed, dtype=torch.uint8)
         step.logits, step.scratch = self._logits.data_ptr(), self._scratch.data_ptr()
         failed = self._code.run(ctypes.byref(self._model), ctypes.byref(step))
-        return None if failed else self._logits[: len(speakers)]
+        return None if failed else self._logits[: step.spoken]
+
+    def forget(self) -> None:
+        """Let go of the last step's adapters."""
+        self._tables.forget()
 
     def _written_out(self, matrix: _Matrix, dtype: torch.dtype) -> torch.Tensor | None:
         """What `Int4.dense` gives; None in another dtype than the decoder's."""
@@ -212,6 +210,75 @@ class NativeSteps:
         values = vector.float().contiguous()
         self._kept.append(values)
         return values.data_ptr()
+
+
+class Draw:
+    """draw.c: a sampler.Choose."""
+
+    def __init__(self, code: ctypes.CDLL) -> None:
+        self._code = code
+        self._room = np.empty(0, np.uint64)
+
+    def __call__(self, logits: torch.Tensor, wishes: np.ndarray) -> list[int]:
+        logits, threads = logits.contiguous(), torch.get_num_threads()
+        rows, vocab = logits.shape
+        tokens = np.empty(rows, np.int64)
+        if len(self._room) < threads * vocab:
+            self._room = np.empty(threads * vocab, np.uint64)
+        numbers = (_Pointer(logits.data_ptr()), _Int(rows), _Int(vocab))
+        memory = (_Pointer(array.ctypes.data) for array in (wishes, self._room, tokens))
+        self._code.draw(*numbers, *memory, _Int(threads))
+        found: list[int] = tokens.tolist()
+        return found
+
+
+class _Tables:
+    """What a step reads of its rows. It grows to the largest step, and keeps what the next one has in common with it:
+    pages and adapters are those of the same sequences, which have them from their first step to their last."""
+
+    def __init__(self) -> None:
+        self._step = _Step()
+        self._rows = np.empty((3, 0), np.int64)  # tokens, positions, sequences
+        self._pages = np.empty((0, 0), np.int64)
+        self._adapters, self._speakers = np.empty(0, np.int64), np.empty(0, np.int64)
+        self._whose = list[tuple[tuple[int, ...], Resident | None, int, bool]]()
+
+    def forget(self) -> None:
+        self._whose = []
+
+    def filled(self, parts: Sequence[Part]) -> _Step:
+        """With everything but `width`, `threads` and memory to write to."""
+        step, count = self._step, [len(part.tokens) for part in parts]
+        if (rows := sum(count)) > self._rows.shape[1]:
+            self._rows, self._whose = np.empty((3, 2 * rows), np.int64), []
+            step.tokens, step.positions, step.sequence = (column.ctypes.data for column in self._rows)
+        tokens, positions, sequences = self._rows
+        tokens[:rows] = list(chain.from_iterable(part.tokens for part in parts))
+        places = (range(part.start, part.start + n) for part, n in zip(parts, count, strict=True))
+        positions[:rows] = list(chain.from_iterable(places))
+        # Pages never change, so the same tuple is the same pages, and an adapter is one object while it is here.
+        whose = [(part.pages, part.adapter, n, part.speaks) for part, n in zip(parts, count, strict=True)]
+        if whose != self._whose:
+            sequences[:rows] = np.repeat(np.arange(len(parts)), count)
+            self._fill(parts, list(accumulate(count)))
+            self._whose = whose
+        step.rows, step.sequences = rows, len(parts)
+        return step
+
+    def _fill(self, parts: Sequence[Part], ends: list[int]) -> None:
+        step, longest = self._step, max(len(part.pages) for part in parts)
+        if len(parts) > len(self._pages) or longest > self._pages.shape[1]:
+            count, most = max(len(parts), len(self._pages)), max(longest, self._pages.shape[1])
+            self._pages = np.zeros((2 * count, most), np.int64)
+            self._adapters, self._speakers = np.zeros(2 * count, np.int64), np.zeros(2 * count, np.int64)
+        for number, part in enumerate(parts):
+            self._pages[number, : len(part.pages)] = part.pages
+            self._adapters[number] = 0 if part.adapter is None else _table(part.adapter)
+        speakers = [end - 1 for end, part in zip(ends, parts, strict=True) if part.speaks]
+        self._speakers[: len(speakers)] = speakers
+        step.spoken, step.room = len(speakers), self._pages.shape[1]
+        step.pages, step.tables = self._pages.ctypes.data, self._adapters.ctypes.data
+        step.speakers = self._speakers.ctypes.data
 
 
 def _words(words: Words) -> _Words:

@@ -51,7 +51,7 @@ class Piece(NamedTuple):
     start: int
     end: int
     first: int
-    pages: list[int]
+    pages: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class PromptGroups:
 def _pages(pieces: list[Piece], device: torch.device) -> torch.Tensor:
     """[pieces, n]: short ones padded with their first page."""
     most = max(len(piece.pages) for piece in pieces)
-    pages = [(piece.pages + piece.pages[:1] * most)[:most] for piece in pieces]
+    pages = [[*piece.pages, *[piece.pages[0]] * most][:most] for piece in pieces]
     return torch.tensor(pages, dtype=torch.int64, device=device)
 
 

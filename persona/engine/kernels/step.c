@@ -24,6 +24,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "vectors.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -45,10 +47,6 @@ typedef float operand;
 #endif
 #define LANES (BLOCK / 16)
 
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u16x32 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int32_t i16 __attribute__((vector_size(64)));
 #if CELL_BYTES == 2
 typedef uint16_t cell; /* bf16: of the cache and of adapters */
 #else
@@ -85,9 +83,9 @@ typedef struct {
 } model;
 
 typedef struct {
-    int64_t rows, sequences, width, spoken;
+    int64_t rows, sequences, width, room, spoken; /* width: pages in use at most */
     const int64_t *tokens, *positions, *sequence; /* [rows]; the rows of a sequence are neighbours in their order */
-    const int64_t *pages;                         /* [sequences, width] */
+    const int64_t *pages;                         /* [sequences, room], room ≥ width */
     const int64_t *const *tables;                 /* [sequences]: of its adapter, [layers · 4, 3], or null */
     const int64_t *speakers;                      /* [spoken]: rows whose logits are wanted */
     float *logits;                                /* [spoken, vocab] */
@@ -142,12 +140,6 @@ int64_t scratch_bytes(const model *m, const step *s) {
 
 /* — vectors — */
 
-static inline v16 get(const float *p) { return *(const v16 *)p; }
-static inline void put(float *p, v16 v) { *(v16 *)p = v; }
-static inline v16 all(float value) { return value - (v16){0}; }
-
-static inline v16 either(i16 which, v16 yes, v16 no) { return (v16)(((i16)yes & which) | ((i16)no & ~which)); }
-
 static inline v16 half(const uint16_t *p) { /* bf16 */
     u16x32 bits = __builtin_convertvector(*(const h16 *)p, u16x32) << 16;
     return (v16)bits;
@@ -194,22 +186,6 @@ static const uint16_t *vectors(const words *w, int64_t hidden, int64_t word, int
     return room;
 }
 
-static inline float total(v16 v) {
-#ifdef __clang__
-    float part[16];
-    put(part, v);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    return part[0];
-#else
-    v += __builtin_shuffle(v, (i16){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    v += __builtin_shuffle(v, (i16){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    v += __builtin_shuffle(v, (i16){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
-    v += __builtin_shuffle(v, (i16){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
-    return v[0];
-#endif
-}
-
 static inline float read_cell(cell value) {
 #if CELL_BYTES == 2
     return bf16(value);
@@ -224,23 +200,6 @@ static void write_cells(cell *to, const float *from, int64_t count) {
 #else
     memcpy(to, from, count * sizeof *to);
 #endif
-}
-
-/* e^x for x ≤ 0, within 3e-7 of it (Cephes' polynomial) */
-static inline v16 power(v16 x) {
-    x = either(x < -87.0f, all(-87.0f), x);
-    v16 n = x * 1.44269504f - 0.5f;
-    i16 whole = __builtin_convertvector(n, i16); /* towards zero: n ≤ 0 */
-    n = __builtin_convertvector(whole, v16);
-    x = x - n * 0.693359375f + n * 2.12194440e-4f;
-    v16 y = all(1.9875691500e-4f);
-    y = y * x + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * x * x + x + 1.0f;
-    return y * (v16)((whole + 127) << 23);
 }
 
 /* Cells on their way from memory: what is read in short pieces, here and there, is waited for. */
@@ -567,7 +526,7 @@ static float shares_of(float *scores, int64_t length) {
 }
 
 static cell *place_of(const model *m, const step *s, int64_t index, int64_t r, int64_t head, int64_t t) {
-    int64_t page = s->pages[s->sequence[r] * s->width + t / m->size];
+    int64_t page = s->pages[s->sequence[r] * s->room + t / m->size];
     return m->cache + (((page * m->layers + index) * 2 * m->size + t % m->size) * m->kv_heads + head) * m->dim;
 }
 

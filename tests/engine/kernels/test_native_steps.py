@@ -9,18 +9,22 @@ import random
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import Models
 from parts import program
+from watched import Operations
 
 from persona.engine import device, lora
 from persona.engine.attention import KvCache
 from persona.engine.kernels import native
-from persona.engine.kernels.native import NativeSteps
+from persona.engine.kernels.native import NativeSteps, _Tables
 from persona.engine.lora import Resident
 from persona.engine.memory import Memory
+from persona.engine.protocol import Sampling
 from persona.engine.runner import Runner
+from persona.engine.sampler import Sampler
 from persona.engine.sequence import Plan, Segment, Sequence
 from persona.engine.shape import TARGETS, Shape
 from persona.engine.weights import Int4
@@ -57,13 +61,13 @@ class World:
         self.sequences = []
         for number, length in enumerate(LENGTHS):
             tokens = [drawn.randrange(3, shape.vocab) for _ in range(length)]
-            mine = [pages.pop() for _ in range(-(-length // PAGE))]
+            mine = tuple(pages.pop() for _ in range(-(-length // PAGE)))
             self.sequences.append(Sequence(number, tokens, length - 1, CONTEXT, pages=mine))
             if length > 1:
                 self.plain.run(Plan([], [Segment(self.sequences[-1], 0, length - 1)]), self.adapters)
             else:
                 self.cache.clear(mine)
-        self.free = pages
+        self.free = tuple(pages)
 
     def steps(self, *flags: str) -> NativeSteps:
         path = native.library(self.folder, self.decoder.dtype, *flags)
@@ -182,6 +186,51 @@ def test_a_row_is_the_same_bit_for_bit_whoever_stands_beside_it(models: Models, 
         assert torch.equal(world.logits(steps, [row])[0], together[row])
     some = [7, 2, 4]
     assert torch.equal(world.logits(steps, some), together[some])
+
+
+def test_what_a_step_keeps_of_the_last_one_is_never_stale(models: Models) -> None:
+    """Rows that come, go, change places, pages or adapters, or go on: as by steps that have kept nothing."""
+    world, drawn = World(models, "llama"), random.Random(3)
+    steps, which, free = world.steps(), [3, 1, 8], list(world.free)
+    for _ in range(40):
+        one = world.sequences[drawn.choice(which)]
+        match drawn.randrange(5):
+            case 0:
+                which = drawn.sample(ALL, drawn.randrange(1, len(ALL) + 1))
+            case 1:
+                world.adapters[one.id] = world.adapters[drawn.choice(ALL)]
+            case 2:
+                moved = tuple(free.pop() for _ in one.pages)
+                pages = world.memory.bytes.view(PAGES, -1)
+                pages[list(moved)] = pages[list(one.pages)]
+                free[:0], one.pages = one.pages, moved
+            case 3 if len(one.tokens) < PAGE * len(one.pages):
+                world.plain.run(Plan([one], []), world.adapters)
+                one.tokens.append(drawn.randrange(3, world.decoder.shape.vocab))
+        assert torch.equal(world.logits(steps, which), world.logits(world.steps(), which))
+
+
+def test_while_the_same_rows_go_on_nothing_is_made_and_nothing_told_again(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(models, "llama")
+    steps, some = world.steps(), [world.sequences[n] for n in (3, 1, 8)]
+    runner, filled, fill = Runner(world.decoder, world.cache, steps), list[int](), _Tables._fill
+    monkeypatch.setattr(_Tables, "_fill", lambda *args: (filled.append(1), fill(*args)))
+
+    def step() -> list[str]:
+        with Operations() as mode:
+            steps.draw(runner.run(Plan(some, []), world.adapters).logits, np.array([Sampler(Sampling()).wish()] * 3))
+        for sequence in some:
+            sequence.computed -= 1
+        return [name for name, _ in mode.seen]
+
+    step()
+    assert step() == ["aten::slice"]  # of the memory for logits
+    assert len(filled) == 1
+    some.reverse()
+    step()
+    assert len(filled) == 2
 
 
 def test_threads_change_nothing(models: Models) -> None:
