@@ -5,7 +5,7 @@ messages anew with replacement (a hierarchical bootstrap): it answers what other
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,20 +52,23 @@ def interval(result: Result, over: str, under: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
+PAIRS = {  # under and over, by the names under which PEERS and the README speak of them
+    "adapter_context_over_context": ("adapter_context", "context"),  # P1
+    "adapter_context_over_prior_context": ("adapter_context", "prior_context"),  # P1b
+    "adapter_over_base": ("adapter", "base"),
+    "adapter_over_prior": ("adapter", "prior"),
+    "adapter_over_wrong_user": ("adapter", "wrong_user"),  # P3
+    "adapter_context_over_wrong_user_context": ("adapter_context", "wrong_user_context"),
+    "adapter_context_over_stale_context": ("adapter_context", "stale_context"),
+    "adapter_served_over_base_served": ("adapter_served", "base_served"),
+    "adapter_served_over_stale_served": ("adapter_served", "stale_served"),
+    "context_over_base": ("context", "base"),
+}
+
+
 def summary(results: Sequence[Result]) -> dict[str, Any]:
-    """What the trial says, by the names under which PEERS and the README speak of it."""
-    compared = {
-        "adapter_context_over_context": compare(results, "context", "adapter_context"),  # P1
-        "adapter_context_over_prior_context": compare(results, "prior_context", "adapter_context"),  # P1b
-        "adapter_over_base": compare(results, "base", "adapter"),
-        "adapter_over_prior": compare(results, "prior", "adapter"),
-        "adapter_over_wrong_user": compare(results, "wrong_user", "adapter"),  # P3
-        "adapter_context_over_wrong_user_context": compare(results, "wrong_user_context", "adapter_context"),
-        "adapter_context_over_stale_context": compare(results, "stale_context", "adapter_context"),
-        "adapter_served_over_base_served": compare(results, "base_served", "adapter_served"),
-        "adapter_served_over_stale_served": compare(results, "stale_served", "adapter_served"),
-        "context_over_base": compare(results, "base", "context"),
-    }
+    """What the trial says."""
+    compared = {name: compare(results, over, under) for name, (under, over) in PAIRS.items()}
     found: dict[str, Any] = {name: asdict(one) for name, one in compared.items() if one is not None}
     found["losses"] = {name: _mean([r.loss(name) for r in results]) for name in _common(results)}
     drift = [result.reference["adapter"] / result.reference["base"] - 1 for result in results if result.reference]
@@ -96,11 +99,20 @@ def as_dict(result: Result) -> dict[str, Any]:
     about |= {"conditions": conditions, "context_is": result.chosen}
     about["gain"] = gain(result, "context", "adapter_context")
     about["gain_interval"] = list(interval(result, "context", "adapter_context"))
+    about["gains"] = dict(_gains(result))
     about |= {"reference": result.reference, "replies": result.replies}
     about |= {"recognised": result.recognised, "answered": result.answered}
     about |= {"curve": result.curve, "bytes": result.bytes, "seconds": result.seconds}
     about["messages"] = {"tokens": result.lengths, "nats": result.nats}
     return about
+
+
+def _gains(result: Result) -> Iterator[tuple[str, dict[str, float]]]:
+    """All that the summary compares, of one person: messages are drawn anew."""
+    for name, (under, over) in PAIRS.items():
+        if under in result.nats and over in result.nats:
+            low, high = interval(result, over, under)
+            yield name, {"gain": gain(result, over, under), "low": low, "high": high}
 
 
 def _common(results: Sequence[Result]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-WIDTH, HEIGHT, MARGIN, GAP = 960, 400, 56, 96
+WIDTH, HEIGHT, MARGIN, TOP, GAP = 960, 440, 56, 98, 96
 COLOURS = {
     "base": "#8a8f98",
     "context": "#2b6cb0",
@@ -13,6 +13,7 @@ COLOURS = {
     "adapter": "#dd6b20",
     "adapter_context": "#2f855a",
 }
+ENDS = ("#b7791f", "#2c7a7b", "#63b3ed", "#553c9a", "#97266d", "#718096")  # of what is measured at the end alone
 NAMES = {"wrong_user": "another's adapter", "adapter_context": "adapter + context"}
 CAPTION = "Each point stands on other held-out messages: those that came next then."
 _PANEL = (WIDTH - 2 * MARGIN - GAP) / 2
@@ -33,7 +34,8 @@ def _curves(people: Sequence[dict[str, Any]]) -> Iterator[str]:
     points = [_means([person["curve"][i] for person in people]) for i in range(len(people[0]["curve"]))]
     xs = [point["tokens"] for point in points]
     shown = {name: colour for name, colour in COLOURS.items() if all(name in point for point in points)}
-    ys = [point[name] for point in points for name in shown]
+    ends = _ends(people)
+    ys = [*(point[name] for point in points for name in shown), *ends.values()]
     x_end, low, high = max(1.0, *xs) * 1.05, min(ys) - 0.1, max(ys) + 0.1
     yield _text(MARGIN, 24, "Loss per own token, by own tokens learned from", bold=True)
     yield from _axes(MARGIN, [0, x_end / 2, x_end], [low, (low + high) / 2, high], "{:.0f}", "{:.2f}")
@@ -43,8 +45,23 @@ def _curves(people: Sequence[dict[str, Any]]) -> Iterator[str]:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
         yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in line)
-        column, row = place % 3, place // 3
-        yield _text(MARGIN + 8 + 125 * column, 40 + 14 * row, NAMES.get(name, name), colour=colour)
+        yield _legend(place, NAMES.get(name, name), colour)
+    for place, (name, value) in enumerate(ends.items()):
+        x, y, colour = _x(MARGIN, xs[-1], 0, x_end), _y(value, low, high), ENDS[place % len(ENDS)]
+        yield f'<path d="M{x - 5:.1f} {y:.1f} l5 -5 l5 5 l-5 5 z" fill="white" stroke="{colour}" stroke-width="2"/>'
+        yield _legend(len(shown) + place, f"◇ {name.replace('_', ' ')}", colour)
+
+
+def _ends(people: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean losses after the last round under what only that is measured under: each context, the version before."""
+    measured = [person.get("conditions", {}) for person in people]
+    means = _means(measured) if all(measured) else {}
+    return {name: value for name, value in means.items() if name == "stale" or name.startswith("context_")}
+
+
+def _legend(place: int, text: str, colour: str) -> str:
+    column, row = place % 3, place // 3
+    return _text(MARGIN + 8 + 135 * column, 40 + 14 * row, text, colour=colour)
 
 
 def _gains(people: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -72,7 +89,7 @@ def _gains(people: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _axes(left: float, xs: Sequence[float], ys: Sequence[float], x_form: str, y_form: str) -> Iterator[str]:
     bottom = HEIGHT - MARGIN
-    yield f'<path d="M{left:.1f} {MARGIN} V{bottom} H{left + _PANEL:.1f}" fill="none" stroke="#1a202c"/>'
+    yield f'<path d="M{left:.1f} {TOP} V{bottom} H{left + _PANEL:.1f}" fill="none" stroke="#1a202c"/>'
     for value in xs:
         yield _text(_x(left, value, 0, xs[-1]), bottom + 16, x_form.format(value), anchor="middle")
     for value in ys:
@@ -91,7 +108,7 @@ def _x(left: float, value: float, low: float, high: float) -> float:
 
 
 def _y(value: float, low: float, high: float) -> float:
-    return HEIGHT - MARGIN - (value - low) / (high - low) * (HEIGHT - 2 * MARGIN)
+    return HEIGHT - MARGIN - (value - low) / (high - low) * (HEIGHT - MARGIN - TOP)
 
 
 def _means(points: Sequence[dict[str, float]]) -> dict[str, float]:

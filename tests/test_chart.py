@@ -35,6 +35,18 @@ def test_prior_and_another_persons_adapter_have_lines_where_everybody_was_measur
     assert "another's adapter" not in texts(with_both)
 
 
+def test_what_is_measured_at_the_end_alone_has_a_mark() -> None:
+    people = said(["ann", "bob"])
+    conditions = {"base": 4.0, "stale": 3.4, "adapter_served": 3.0}
+    conditions |= {"context_recent_256": 3.6, "context_found_1024": 3.5}
+    for person in people["users"]:  # type: ignore[attr-defined]
+        person["conditions"] = conditions
+    marks = {"◇ stale", "◇ context recent 256", "◇ context found 1024"}
+    assert {text for text in texts(people) if str(text).startswith("◇")} == marks
+    del people["users"][1]["conditions"]  # type: ignore[index]
+    assert not any(str(text).startswith("◇") for text in texts(people))
+
+
 def test_people_of_whom_nothing_was_kept_are_drawn() -> None:
     people = said(["ann"], rounds=1)
     people["users"][0]["curve"][0]["tokens"] = 0  # type: ignore[index]
