@@ -52,7 +52,7 @@ def interval(result: Result, over: str, under: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
-PAIRS = {  # under and over, by the names under which PEERS and the README speak of them
+PAIRS = {  # under and over, by the names under which README and docs/BENCHMARKS.md speak of them
     "adapter_context_over_context": ("adapter_context", "context"),  # P1
     "adapter_context_over_prior_context": ("adapter_context", "prior_context"),  # P1b
     "adapter_over_base": ("adapter", "base"),

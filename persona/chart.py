@@ -13,8 +13,17 @@ COLOURS = {
     "adapter": "#dd6b20",
     "adapter_context": "#2f855a",
 }
-ENDS = ("#b7791f", "#2c7a7b", "#63b3ed", "#553c9a", "#97266d", "#718096")  # of what is measured at the end alone
-NAMES = {"wrong_user": "another's adapter", "adapter_context": "adapter + context"}
+# Of what is measured at the end alone.
+ENDS = (
+    "#b7791f",
+    "#2c7a7b",
+    "#63b3ed",
+    "#553c9a",
+    "#97266d",
+    "#718096",
+    "#276749",
+)
+NAMES = {"wrong_user": "another's adapter", "adapter_context": "adapter + context", "stale": "version before"}
 CAPTION = "Each point stands on other held-out messages: those that came next then."
 _PANEL = (WIDTH - 2 * MARGIN - GAP) / 2
 
@@ -49,7 +58,7 @@ def _curves(people: Sequence[dict[str, Any]]) -> Iterator[str]:
     for place, (name, value) in enumerate(ends.items()):
         x, y, colour = _x(MARGIN, xs[-1], 0, x_end), _y(value, low, high), ENDS[place % len(ENDS)]
         yield f'<path d="M{x - 5:.1f} {y:.1f} l5 -5 l5 5 l-5 5 z" fill="white" stroke="{colour}" stroke-width="2"/>'
-        yield _legend(len(shown) + place, f"◇ {name.replace('_', ' ')}", colour)
+        yield _legend(len(shown) + place, f"◇ {NAMES.get(name, name.replace('_', ' '))}", colour)
 
 
 def _ends(people: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -61,7 +70,7 @@ def _ends(people: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _legend(place: int, text: str, colour: str) -> str:
     column, row = place % 3, place // 3
-    return _text(MARGIN + 8 + 135 * column, 40 + 14 * row, text, colour=colour)
+    return _text(MARGIN + 8 + 135 * column, 38 + 13 * row, text, colour=colour)
 
 
 def _gains(people: Sequence[dict[str, Any]]) -> Iterator[str]:

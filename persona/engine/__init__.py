@@ -8,10 +8,10 @@
                  compiling.py       │               │             │           │
     whose turn   waiting.py, ───────┤               │             │           └── branches.py       scoring, sliced
                  lengths.py         │               │             └── underway.py: sampler.py, grammar.py, reply.py,
-    in a step    turns.py, ─────────┤               │                                stops.py, logprobs.py
+    in a step    turns.py, ─────────┤               │                 (CPU: draw.c)  stops.py, logprobs.py
                  sequence.py        │               │
     memory       pages.py, shelf.py,┤               │
-                 prefix.py          │               ├── CPU: kernels/native.py, step.c, draw.c: two calls
+                 prefix.py          │               ├── CPU: kernels/native.py, step.c   one call
     adapters     tiers.py: disk ─> RAM ─> device    ├── GPU: graphs.py                   a replay
                  (popularity.py says which stay;    └── else decoder.py, lora.py, attention.py, layer by layer
                  a thread beside the steps)

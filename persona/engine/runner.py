@@ -2,11 +2,12 @@
 
 The rows of a step stand in one list of tokens, so that every base product is shared by all users:
 
-    | decode rows, sorted by adapter kind | segment of prompt 1 | segment of prompt 2 | …
+    | decode rows, those of one kind of adapter side by side | segment of prompt 1 | segment of prompt 2 | …
 
-A step is built, run and thrown away; nothing but the cache pages survives it. On a CPU it may be one call of compiled
-code (kernels/native.py), on a GPU, with decode rows alone, a replay (graphs.py). Runs under no_grad, never
-inference_mode (its tensors could not be shared with training).
+A step is built, run and thrown away; what survives it are the cache's pages, and for a next one with the same rows what
+it was told of them. On a CPU it may be one call of compiled code (kernels/native.py: rows in the plan's order), on a
+GPU, with decode rows alone, a replay (graphs.py). Runs under no_grad, never inference_mode (its tensors could not be
+shared with training).
 """
 
 from collections.abc import Sequence as Rows

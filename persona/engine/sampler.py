@@ -1,9 +1,10 @@
 """From logits to the next token, for all rows of a step at once.
 
 Penalties and biases touch the tokens that they name, a grammar rules tokens out; then come temperature, min-p, top-k
-and the nucleus, in vLLM's order. A row that wants the likeliest token and nothing else costs its share of one argmax;
-the others are computed together, each by its own numbers, in torch here or by compiled code (kernels/draw.c). Chance
-comes from a generator of the row's own, so a seeded reply does not depend on who else is in the batch.
+and the nucleus, in vLLM's order. A row that wants the likeliest token and nothing else costs its share of two searches
+for the highest; the others are computed together, each by its own numbers, in torch here or by compiled code
+(kernels/draw.c). Chance comes from a generator of the row's own, so a seeded reply does not depend on who else is in
+the batch.
 """
 
 import random
@@ -22,7 +23,7 @@ COLDEST = 1e-5  # temperatures up to here are greedy: dividing by them would ove
 FIRST = (64, 1024)  # tokens that a row which narrows its draw looks at, before its whole vocabulary is sorted
 BLOCK = 128  # tokens whose probabilities are added up before those of single tokens are looked at
 HOTTEST = 1e30  # and from here on all alike; an infinite one would make NaN of a token that is ruled out
-NOT_FINITE = -1  # in place of a token: the row's logits have no largest
+NOT_FINITE = -1  # in place of a token: what is left of the row's logits has no largest
 
 # logits: [rows, vocab], which may be changed · wishes: fp64 [rows, 5], a Wish each → a token each, or NOT_FINITE
 Choose = Callable[[torch.Tensor, np.ndarray], list[int]]

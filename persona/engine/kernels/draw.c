@@ -4,13 +4,12 @@
 
        e = e^((logit − highest) / temperature), 0 where that is less than 1e-38
 
-   and its chance falls on a token in the sum of all e, or in that of the likeliest, if top-k, min-p or the nucleus leave
-   no more. For these the row is cut at ever smaller e, until what they leave is surely behind the cut; only that is put
-   in order. Sums are of fp64 over blocks of fp32, so that the same row gives the same token whoever stands beside it. */
+   and its chance falls on a token in the sum of all e, or of the likeliest alone, if top-k, min-p or the nucleus leave no
+   more. For these the row is cut at ever smaller e, until all that they leave is above the cut, and of that only as much
+   is put in order as they leave. Sums are of fp64 over blocks of fp32, so that the same row gives the same token whoever stands beside it. */
 
 #include <float.h>
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "vectors.h"
@@ -113,10 +112,15 @@ static int64_t from_all(const float *row, int64_t count, double chance) {
     return first(row, count, 1); /* not reached: the mass is the sum of the blocks */
 }
 
-static int falling(const void *a, const void *b) {
-    uint64_t one = *(const uint64_t *)a, two = *(const uint64_t *)b;
-    return (one < two) - (one > two);
+/* — the likeliest first: a heap of items, e above, the place's complement below, so that of equals the first is higher — */
+
+static uint64_t item_of(const float *row, int64_t at) {
+    uint32_t bits;
+    memcpy(&bits, row + at, sizeof bits);
+    return (uint64_t)bits << 32 | (uint32_t)~at;
 }
+
+static int64_t place_of(uint64_t item) { return (uint32_t)~item; }
 
 static float e_of(uint64_t item) {
     uint32_t bits = item >> 32;
@@ -125,21 +129,28 @@ static float e_of(uint64_t item) {
     return e;
 }
 
-/* What is at least `least`, the likeliest first, of equals the first: e above, the place's complement below. */
-static int64_t ordered(const float *row, int64_t count, float least, uint64_t *room) {
-    int64_t found = 0;
-    for (int64_t at = 0; at < count; at += 16) {
-        if (!any(some(row, at, count, 0) >= least)) continue;
-        for (int64_t i = at; i < count && i < at + 16; i++) {
-            uint32_t bits;
-            memcpy(&bits, row + i, sizeof bits);
-            if (row[i] >= least) room[found++] = (uint64_t)bits << 32 | (uint32_t)~i;
-        }
+static void sink(uint64_t *heap, int64_t at, int64_t count) {
+    uint64_t item = heap[at];
+    for (int64_t below; (below = 2 * at + 1) < count; at = below) {
+        if (below + 1 < count && heap[below + 1] > heap[below]) below++;
+        if (heap[below] <= item) break;
+        heap[at] = heap[below];
     }
-    qsort(room, found, sizeof *room, falling);
+    heap[at] = item;
+}
+
+/* A heap of what is at least `least`; returns how many. */
+static int64_t heaped(const float *row, int64_t count, float least, uint64_t *heap) {
+    int64_t found = 0;
+    for (int64_t at = 0; at < count; at += 16)
+        if (any(some(row, at, count, 0) >= least))
+            for (int64_t i = at; i < count && i < at + 16; i++)
+                if (row[i] >= least) heap[found++] = item_of(row, i);
+    for (int64_t at = found / 2 - 1; at >= 0; at--) sink(heap, at, found);
     return found;
 }
 
+/* Only as many are put in order as top-k, min-p or the nucleus leave. */
 static int64_t from_the_likeliest(const float *row, int64_t count, const wish *asked, uint64_t *room) {
     static const float cuts[] = {0.5f, 0.25f, 1.0f / 16, 1.0f / 256, 1.0f / 65536, FLT_MIN};
     int64_t number = 0, by_nucleus = asked->top_k <= 0 && asked->min_p <= 0;
@@ -151,24 +162,30 @@ static int64_t from_the_likeliest(const float *row, int64_t count, const wish *a
         if (least <= asked->min_p || (asked->top_k > 0 && number >= asked->top_k)) break;
         if (by_nucleus && mass >= whole * asked->top_p) break;
     }
-    int64_t kept = ordered(row, count, least, room);
-    if (asked->top_k > 0 && asked->top_k < kept) kept = asked->top_k;
-    while (kept > 1 && e_of(room[kept - 1]) < asked->min_p) kept--;
+    /* Items leave the heap for the places that it no longer needs: the n-th stands n places before the end. */
+    int64_t size = heaped(row, count, least, room), kept = 0;
+    uint64_t *end = room + size;
     double left = 0, mass = 0, before = 0;
-    for (int64_t i = 0; i < kept; i++) left += e_of(room[i]);
-    if (by_nucleus) left = whole;
+    while (size > 0) {
+        uint64_t item = room[0];
+        float e = e_of(item);
+        if (kept && (e < asked->min_p || (asked->top_k > 0 && kept >= asked->top_k))) break;
+        if (kept && by_nucleus && left >= whole * asked->top_p) break;
+        room[0] = room[--size], sink(room, 0, size);
+        *(end - ++kept) = item, left += e;
+    }
     int64_t inside = 0;
-    while (inside < kept && (inside == 0 || mass < left * asked->top_p)) mass += e_of(room[inside++]);
+    while (inside < kept && (by_nucleus || inside == 0 || mass < left * asked->top_p)) mass += e_of(*(end - ++inside));
     double wanted = fallen(asked->chance, mass);
-    for (int64_t i = 0; i < inside; i++)
-        if ((before += e_of(room[i])) > wanted) return (uint32_t)~room[i];
-    return (uint32_t)~room[inside - 1];
+    for (int64_t n = 1; n <= inside; n++)
+        if ((before += e_of(*(end - n))) > wanted) return place_of(*(end - n));
+    return place_of(*(end - inside));
 }
 
-/* logits: [rows, vocab], which rows that draw change · room: [threads, vocab] · tokens: [rows], −1 for a row whose
-   logits are not finite. */
+/* logits: [rows, vocab], of which rows that draw by chance are overwritten · room: [threads, vocab] · tokens: [rows], −1
+   for a row without a largest logit. Never a smaller team than a step's: threads that are left out end, and come anew. */
 void draw(float *logits, int64_t rows, int64_t vocab, const wish *asked, uint64_t *room, int64_t *tokens, int64_t threads) {
-#pragma omp parallel for num_threads(threads < rows ? threads : rows) schedule(static, 1)
+#pragma omp parallel for num_threads(threads) if (rows > 1) schedule(static, 1)
     for (int64_t r = 0; r < rows; r++) {
         float *row = logits + r * vocab, high = highest(row, vocab);
         const wish *mine = asked + r;

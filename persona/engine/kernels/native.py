@@ -222,6 +222,10 @@ class Draw:
     def __call__(self, logits: torch.Tensor, wishes: np.ndarray) -> list[int]:
         logits, threads = logits.contiguous(), torch.get_num_threads()
         rows, vocab = logits.shape
+        assert logits.dtype is torch.float32
+        assert wishes.dtype == np.float64
+        assert wishes.shape == (rows, 5)
+        assert wishes.flags.c_contiguous
         tokens = np.empty(rows, np.int64)
         if len(self._room) < threads * vocab:
             self._room = np.empty(threads * vocab, np.uint64)
@@ -259,6 +263,7 @@ class _Tables:
         # Pages never change, so the same tuple is the same pages, and an adapter is one object while it is here.
         whose = [(part.pages, part.adapter, n, part.speaks) for part, n in zip(parts, count, strict=True)]
         if whose != self._whose:
+            self._whose = []  # should what follows fail
             sequences[:rows] = np.repeat(np.arange(len(parts)), count)
             self._fill(parts, list(accumulate(count)))
             self._whose = whose
@@ -266,11 +271,13 @@ class _Tables:
         return step
 
     def _fill(self, parts: Sequence[Part], ends: list[int]) -> None:
-        step, longest = self._step, max(len(part.pages) for part in parts)
-        if len(parts) > len(self._pages) or longest > self._pages.shape[1]:
-            count, most = max(len(parts), len(self._pages)), max(longest, self._pages.shape[1])
-            self._pages = np.zeros((2 * count, most), np.int64)
-            self._adapters, self._speakers = np.zeros(2 * count, np.int64), np.zeros(2 * count, np.int64)
+        step, (count, most) = self._step, self._pages.shape
+        longest = max(len(part.pages) for part in parts)
+        if len(parts) > count or longest > most:
+            count = count if len(parts) <= count else 2 * len(parts)
+            most = most if longest <= most else 2 * longest
+            grown = [np.zeros(size, np.int64) for size in ((count, most), count, count)]
+            self._pages, self._adapters, self._speakers = grown
         for number, part in enumerate(parts):
             self._pages[number, : len(part.pages)] = part.pages
             self._adapters[number] = 0 if part.adapter is None else _table(part.adapter)

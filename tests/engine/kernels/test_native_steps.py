@@ -19,7 +19,7 @@ from watched import Operations
 from persona.engine import device, lora
 from persona.engine.attention import KvCache
 from persona.engine.kernels import native
-from persona.engine.kernels.native import NativeSteps, _Tables
+from persona.engine.kernels.native import NativeSteps, Part, _Tables
 from persona.engine.lora import Resident
 from persona.engine.memory import Memory
 from persona.engine.protocol import Sampling
@@ -67,7 +67,7 @@ class World:
                 self.plain.run(Plan([], [Segment(self.sequences[-1], 0, length - 1)]), self.adapters)
             else:
                 self.cache.clear(mine)
-        self.free = tuple(pages)
+        self.free, self.spare = tuple(pages), tuple(pages[:6])
 
     def steps(self, *flags: str) -> NativeSteps:
         path = native.library(self.folder, self.decoder.dtype, *flags)
@@ -84,6 +84,15 @@ class World:
         for sequence in some:
             sequence.computed -= 1
         return torch.stack([logits[n] for n in which])
+
+    def piece(self, steps: NativeSteps, sequence: Sequence, *ends: int) -> torch.Tensor:
+        """The logits behind a prompt that is computed up to each of `ends`. The cache is as before afterwards."""
+        before = self.memory.bytes.clone()
+        for start, end in pairwise([0, *ends]):
+            plan = Plan([], [Segment(sequence, start, end)])
+            result = Runner(self.decoder, self.cache, steps).run(plan, {sequence.id: self.adapters[2]})
+        self.memory.bytes.copy_(before)
+        return result.logits[0].clone()
 
 
 def adapter(shape: Shape, rank: int, dtype: torch.dtype) -> Resident | None:
@@ -191,7 +200,7 @@ def test_a_row_is_the_same_bit_for_bit_whoever_stands_beside_it(models: Models, 
 def test_what_a_step_keeps_of_the_last_one_is_never_stale(models: Models) -> None:
     """Rows that come, go, change places, pages or adapters, or go on: as by steps that have kept nothing."""
     world, drawn = World(models, "llama"), random.Random(3)
-    steps, which, free = world.steps(), [3, 1, 8], list(world.free)
+    steps, which, free = world.steps(), [3, 1, 8], list(world.free[6:])
     for _ in range(40):
         one = world.sequences[drawn.choice(which)]
         match drawn.randrange(5):
@@ -207,7 +216,34 @@ def test_what_a_step_keeps_of_the_last_one_is_never_stale(models: Models) -> Non
             case 3 if len(one.tokens) < PAGE * len(one.pages):
                 world.plain.run(Plan([one], []), world.adapters)
                 one.tokens.append(drawn.randrange(3, world.decoder.shape.vocab))
+        if drawn.random() < 0.3:  # a piece of somebody's prompt beside them
+            newcomer = [Sequence(99, [7] * 40, 40, CONTEXT, pages=world.spare[:3]) for _ in range(2)]
+            alone = world.piece(world.steps(), newcomer[0], 40)
+            assert torch.equal(world.piece(steps, newcomer[1], 13, 40), alone)
         assert torch.equal(world.logits(steps, which), world.logits(world.steps(), which))
+
+
+def test_tables_grow_with_the_largest_step_and_not_with_their_number(models: Models) -> None:
+    adapter, tables = World(models, "llama").adapters[0], _Tables()
+    for longest in range(1, 130):
+        tables.filled([Part([1], 16 * longest - 1, tuple(range(longest)), adapter, True)])
+    for rows in range(1, 70):
+        tables.filled([Part([1], 5, (3,), adapter, True)] * rows)
+    assert tables._pages.shape[0] <= 2 * 69
+    assert tables._pages.shape[1] <= 2 * 129
+    assert tables._rows.shape[1] <= 2 * 69
+
+
+def test_tables_that_could_not_be_filled_are_filled_the_next_time(models: Models) -> None:
+    adapters, tables = World(models, "llama").adapters, _Tables()
+    before = [Part([1, 2], 0, (3,), adapters[0], True)]
+    tables.filled(before)
+    unknown = Resident({}, ())  # was not promoted: has no table
+    with pytest.raises(AssertionError):
+        tables.filled([Part([1], 0, (4,), None, True), Part([2], 0, (5,), unknown, True)])
+    assert tables.filled(before).spoken == 1
+    assert tables._rows[2, :2].tolist() == [0, 0]
+    assert tables._pages[0, 0] == 3
 
 
 def test_while_the_same_rows_go_on_nothing_is_made_and_nothing_told_again(
