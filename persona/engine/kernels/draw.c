@@ -152,11 +152,11 @@ static int64_t heaped(const float *row, int64_t count, float least, uint64_t *he
 
 /* Only as many are put in order as top-k, min-p or the nucleus leave. */
 static int64_t from_the_likeliest(const float *row, int64_t count, const wish *asked, uint64_t *room) {
-    static const float cuts[] = {0.5f, 0.25f, 1.0f / 16, 1.0f / 256, 1.0f / 65536, FLT_MIN};
+    static const float cuts[] = {0x1p-1, 0x1p-2, 0x1p-4, 0x1p-8, 0x1p-12, 0x1p-16, 0x1p-20, 0x1p-28, 0x1p-40, FLT_MIN};
     int64_t number = 0, by_nucleus = asked->top_k <= 0 && asked->min_p <= 0;
     double whole = mass_of(row, count, 0, &number);
     float least = 0;
-    for (int c = 0; c < 6; c++) {
+    for (int c = 0; c < 10; c++) {
         least = cuts[c], number = 0;
         double mass = mass_of(row, count, least, &number);
         if (least <= asked->min_p || (asked->top_k > 0 && number >= asked->top_k)) break;
