@@ -65,7 +65,7 @@ class Engine(Section):
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores")
     native: bool = Field(
         True,
-        description="on the CPU, compile the engine's step for this machine if there is a C compiler: twice as fast",
+        description="on the CPU, compile the engine's step for this machine if there is a C compiler: thrice as fast",
     )
     hang_seconds: float = Field(10.0, gt=0, description="silence after which the engine is restarted")
     start_seconds: float = Field(300.0, gt=0, description="longest time loading the model may take")

@@ -62,7 +62,6 @@ class LocalEngine:
         self._link: _Link | None = None
         self._ready = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self._last: Health | None = None
         self.state: State = "stopped"
         self.restarts = 0
 
@@ -124,11 +123,6 @@ class LocalEngine:
         assert isinstance(answer, Pong)
         return answer.health
 
-    @property
-    def last_health(self) -> Health | None:
-        """From the latest ping, a second old at most while the engine is well."""
-        return self._last
-
     # --- versions
 
     async def stage(self, ref: AdapterRef) -> None:
@@ -187,8 +181,6 @@ class LocalEngine:
                 link.send_soon(protocol.Abort(job))
 
     def _deliver(self, reply: Reply) -> None:
-        if isinstance(reply, Pong):
-            self._last = reply.health
         if (answers := self._calls.get(reply.id)) is not None:
             answers.put_nowait(reply)
 

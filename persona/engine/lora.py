@@ -1,8 +1,9 @@
 """Adapters on the device, and their batched products: rows of one step may each carry another adapter, or none.
 
-Where there are kernels, decode rows of whatever ranks go through one and prompts through another, which follow
-addresses. Without, decode rows of adapters of one shape go through one batched product, and so do their prompts, so
-ranks are never padded to a neighbour's. The base's product is untouched: y = base(x) + B(A x).
+A compiled step (kernels/step.c) follows the addresses in an adapter's table, and so do kernels: decode rows of whatever
+ranks go through one, prompts through another. Without either, decode rows of adapters of one shape go through one
+batched product, and so do their prompts, so ranks are never padded to a neighbour's. The base's product is untouched:
+y = base(x) + B(A x).
 
     A of one layer and target: [in, rank]
     B of one layer and target: [rank, out]

@@ -1,6 +1,6 @@
 """What the engine costs on this machine: adapters beside the bare base, training beside serving, a flip.
 
-    .venv/bin/python tests/bench/engine.py [--rounds 5] [--tokens 48] [--only PART]
+    .venv/bin/python tests/bench/engine.py [--rounds 5] [--tokens 48] [--ranks 4,64] [--only PART]
 
 Runs the real engine process on the configured model and prints one JSON line a measure. Two things that are compared
 run in turn, in one process; figures are medians. Nothing else should use the machine meanwhile.
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,12 @@ def prompt(seed: int, length: int = PROMPT) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(1000, 40000, length)]
 
 
-def adapter(folder: Path, prepared: prepare.Prepared, number: int) -> AdapterRef:
+def adapter(folder: Path, prepared: prepare.Prepared, number: int, rank: int = PLAN.rank) -> AdapterRef:
     """A trained adapter's form with random values."""
     out = folder / str(number)
     out.mkdir()
-    file = random_adapter.write(out, Shape.read(prepared.folder), prepared.base, PLAN, number)
+    plan = replace(PLAN, rank=rank)
+    file = random_adapter.write(out, Shape.read(prepared.folder), prepared.base, plan, number)
     return AdapterRef(number, 1, str(out), prepare.sha256(file))
 
 
@@ -74,6 +76,36 @@ async def adapters_beside_the_base(engine: LocalEngine, refs: list[AdapterRef], 
         base, with_adapters = (statistics.median(side) for side in zip(*pairs[1:], strict=True))
         ratio = statistics.median(b / a for a, b in pairs[1:])
         report("M2 decode", rows=rows, base=round(base, 1), own_adapters=round(with_adapters, 1), ratio=round(ratio, 3))
+
+
+async def while_adapters_load(settings: Settings, prepared: prepare.Prepared, refs: list[AdapterRef]) -> None:
+    """Gaps of one stream while another user's first token needs an adapter from disk, or one that is there."""
+    small = settings.engine.model_copy(update={"memory_mb": 64, "host_mb": 1})
+    engine = LocalEngine(settings.model_copy(update={"engine": small}), prepared)
+    await engine.start()
+
+    async def beside(others: list[AdapterRef]) -> tuple[list[float], int]:
+        before = (await engine.health()).disk_loads
+        times = asyncio.create_task(stream(engine, STREAM, 1))
+        for number, ref in enumerate(itertools.cycle(others)):
+            if times.done():
+                break
+            await stream(engine, 1, number, ref)
+            await asyncio.sleep(0.05)
+        return differences(await times), (await engine.health()).disk_loads - before
+
+    cold, warm, loads = list[float](), list[float](), 0
+    for _ in range(3):
+        gaps_of, some = await beside(refs)
+        cold += gaps_of
+        loads += some
+        gaps_of, none = await beside(refs[:1])
+        warm += gaps_of
+        assert none <= 1, "one adapter has to stay"
+    with_loads, without = gaps(cold), gaps(warm)
+    ratios = {name: round(with_loads[name] / without[name], 2) for name in without}
+    report("gaps in ms while adapters load", loading=with_loads, resident=without, ratios=ratios, loads=loads)
+    await engine.stop()
 
 
 async def first_token(engine: LocalEngine, refs: list[AdapterRef], rounds: int) -> None:
@@ -313,7 +345,7 @@ async def scoring(engine: LocalEngine, refs: list[AdapterRef]) -> None:
 
 
 async def flip(engine: LocalEngine, refs: list[AdapterRef], rounds: int) -> None:
-    """From the flip of a staged version to the first step on it."""
+    """The flip of a staged version, until the engine says that it serves."""
     times = []
     for number in range(rounds):
         ref = refs[number % len(refs)]
@@ -329,6 +361,7 @@ async def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="part of a measure's name")
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--ranks", type=_ranks, default=[PLAN.rank], help="of the adapters, in turn")
     options = parser.parse_args()
     settings = load()
     weights = device.choose(settings.model).weights
@@ -338,7 +371,8 @@ async def main() -> None:
     await engine.start()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        refs = [adapter(folder, prepared, number) for number in range(1, 33)]
+        ranks = itertools.cycle(options.ranks)
+        refs = [adapter(folder, prepared, number, next(ranks)) for number in range(1, 33)]
         health = await engine.health()
         report("start", seconds=round(time.perf_counter() - started, 2), weights=weights, base_bytes=health.base_bytes)
         measures = {
@@ -362,6 +396,13 @@ async def main() -> None:
         if options.only in "cold":
             more = [adapter(folder, prepared, number) for number in range(101, 221)]
             await cold_adapters(settings, prepared, more)
+        if options.only in "loads":
+            more = [adapter(folder, prepared, number) for number in range(301, 421)]
+            await while_adapters_load(settings, prepared, more)
+
+
+def _ranks(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

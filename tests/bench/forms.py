@@ -34,6 +34,7 @@ from persona.domain import Entry, EntryId, Message, Origin, Role, UserId
 from persona.engine import branches, decoder, device, prepare
 from persona.engine.decoder import Decoder
 from persona.engine.lora import Resident
+from persona.engine.prepare import Prepared
 from persona.engine.protocol import Example, Plan, TrainRequest
 from persona.engine.shape import TARGETS
 from persona.engine.text import Text
@@ -56,7 +57,8 @@ class Arm:
     bits: int = 16  # of each stored value
     modules: str = "all"  # or mlp
     batch: int = 160  # targets per optimizer step
-    mask: str = "random"  # of frozen: or largest, of a dense B trained before, or shared, the first person's of those
+    mask: str = "random"  # of frozen: or largest, of a dense B trained before; shared, the first person's of those;
+    # gradient, the largest of the loss behind B at zero
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
@@ -81,6 +83,7 @@ class Form(SparseAdapter):
         self.values = torch.zeros(size, device=device)
         self.values.grad = torch.zeros_like(self.values)
         self.pieces: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self.gathered = torch.zeros_like(self.values)  # the gradients of all steps
         self.random = torch.Generator().manual_seed(plan.seed)
 
     def targets(self) -> tuple[str, ...]:
@@ -113,7 +116,8 @@ class Form(SparseAdapter):
         """What an arm does to its values once an optimizer step has changed them."""
 
     def rounded(self) -> None:
-        """Every value as it would be stored in 8 bits, with a scale for each rank of each piece."""
+        """Every value as it would be stored in 8 bits, with a scale for each rank of each piece, or, where places are
+        chosen, for each piece."""
         for leaves in self.pieces.values():
             for leaf in leaves:
                 axis = 0 if leaf.shape[1] == self.header.rank else 1
@@ -165,12 +169,18 @@ class Frozen(Form):
         b = torch.zeros(self.header.rank * out).index_copy(0, frozen.b, leaves[0].view(-1))
         return frozen.a, b.view(self.header.rank, out)
 
-    def largest(self) -> dict[tuple[int, str], torch.Tensor]:
-        """The places of each B, those with the largest values first."""
-        found = {}
+    def stored(self) -> int:
+        own = self.arm.mask in ("largest", "gradient")  # a bit for each place of B says which are used
+        bits = sum(self._shape.projection(target)[0] * self.header.rank for _, target in self.places) if own else 0
+        return super().stored() + bits // 8
+
+    def largest(self, of: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
+        """The places of each B, those first where `of`, as long as the values, is largest."""
+        found, start = {}, 0
         for place, (leaf,) in self.pieces.items():
-            order = leaf.detach().view(-1).abs().argsort(descending=True)
-            found[place] = self.factors[place].b[order]
+            mine = of[start : start + leaf.numel()]
+            start += leaf.numel()
+            found[place] = self.factors[place].b[mine.detach().abs().argsort(descending=True)]
         return found
 
 
@@ -246,20 +256,20 @@ class Watched(Trainer):
     """The product's trainer, whose form has a word after each step."""
 
     def _update(self, *how: Any) -> Generator[None, None, bool]:
+        assert isinstance(self._adapter, Form)
+        assert self._adapter.values.grad is not None
+        self._adapter.gathered += self._adapter.values.grad
         sound = yield from super()._update(*how)
-        self._adapter.after_step()  # type: ignore[attr-defined]
+        self._adapter.after_step()
         return sound
 
 
 class Ground:
     """The base, and people's messages as examples."""
 
-    def __init__(self, settings: Settings) -> None:
-        form = device.choose(settings.model).weights
-        prepared = prepare.ready(settings.model.name, settings.cache, form)
-        assert prepared is not None, "run `persona model fetch` first"
+    def __init__(self, settings: Settings, prepared: Prepared, weights: device.Form) -> None:
         self.settings, self.prepared, self.hash = settings, prepared, prepared.base
-        self.decoder = decoder.load(prepared.folder, form, "cpu")
+        self.decoder = decoder.load(prepared.folder, weights, "cpu")
         self.decoder.widen()
         self.text = Text.load(prepared.folder)
 
@@ -284,11 +294,13 @@ class Ground:
         except StopIteration as ended:
             return -sum(map(sum, ended.value)) / sum(map(len, ended.value))
 
-    def masks(self, arm: Arm, examples: list[Example], passes: int, seed: int) -> dict[tuple[int, str], torch.Tensor]:
-        """Of a B that trains as a whole first."""
-        whole = self.train(replace(arm, density=1.0, mask="random", bits=16), examples, passes, seed).form
-        assert isinstance(whole, Frozen)
-        return whole.largest()
+    def masks(self, arm: Arm, examples: list[Example], passes: int, seed: int) -> "Masks":
+        """Of a whole B: after it was trained, or, by its gradient, while it stays at zero."""
+        still = arm.mask == "gradient"
+        whole = replace(arm, density=1.0, mask="random", bits=16, rate=1e-12 if still else arm.rate)
+        first = self.train(whole, examples, passes, seed)
+        assert isinstance(first.form, Frozen)
+        return Masks(first.form.largest(first.form.gathered if still else first.form.values), first.seconds)
 
     def train(
         self,
@@ -311,6 +323,14 @@ class Ground:
         if arm.bits == 8:
             made.rounded()
         return Trained(made, steps, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """places: of each B, the best first · seconds: that finding them took."""
+
+    places: dict[tuple[int, str], torch.Tensor]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -360,19 +380,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rehearsal", type=float, default=1.0)
     asked = parser.parse_args()
-    ground = Ground(Settings())
+    settings = Settings()
+    weights = device.choose(settings.model).weights
+    prepared = prepare.ready(settings.model.name, settings.cache, weights)
+    assert prepared is not None, "run `persona model fetch` first"
+    ground = Ground(settings, prepared, weights)
     some = people.read(asked.data, only=[name for name in asked.only.split(",") if name])
     given = asyncio.run(lessons(ground, some, asked))
     Int4.dense = cache(Int4.dense)  # type: ignore[method-assign]
     bare = {name: ground.loss(drafts, None) for name, drafts in given.tested.items()}
     neutral, said = ground.loss(ground.reference(), None), ground.loss(given.replies, None)
     for text in asked.arms.split(","):
-        arm, made, chosen = Arm.parse(text), {}, None
+        arm, made, masks = Arm.parse(text), {}, None
         for person in some:
             how = arm, given.examples[person.name], asked.passes, asked.seed
-            if arm.mask == "largest" or (arm.mask == "shared" and chosen is None):
-                chosen = ground.masks(*how)
-            made[person.name] = ground.train(*how, chosen)
+            if arm.mask in ("largest", "gradient") or (arm.mask == "shared" and masks is None):
+                masks = ground.masks(*how)
+            trained = ground.train(*how, masks.places if masks else None)
+            first = masks.seconds if masks and arm.mask != "shared" else 0.0
+            made[person.name] = replace(trained, seconds=trained.seconds + first)
         for place, person in enumerate(some):
             mine, tested = made[person.name], given.tested[person.name]
             adapter = resident(mine.form)

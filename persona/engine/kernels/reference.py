@@ -1,10 +1,11 @@
-"""What the kernels compute, in plain torch: the definition of correct. Paged attention is also the CPU path.
+"""What the kernels compute, in plain torch: the definition of correct. Paged attention is also what a CPU runs where no
+step is compiled (native.py).
 
     keys, values of one layer: [pages, size, kv_heads, dim], any strides
     token t of a row lives in page `pages[row, t // size]`, place `t % size`
 
-Beside a row's length nothing of a page counts, not even a NaN. What the CPU has quicker forms for (products of stacked
-adapters in lora.py, torch's int4 kernel in weights.py) stands here in its shortest form, to be compared with.
+Beside a row's length nothing of a page counts, not even a NaN. What plain torch has quicker forms for (products of
+stacked adapters in lora.py, torch's int4 kernel in weights.py) stands here in its shortest form, to be compared with.
 """
 
 from collections.abc import Sequence

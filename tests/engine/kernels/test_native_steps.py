@@ -246,7 +246,7 @@ def test_tables_that_could_not_be_filled_are_filled_the_next_time(models: Models
     assert tables._pages[0, 0] == 3
 
 
-def test_while_the_same_rows_go_on_nothing_is_made_and_nothing_told_again(
+def test_while_the_same_rows_go_on_no_tensor_is_made_and_no_page_told_again(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(models, "llama")
