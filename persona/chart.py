@@ -14,15 +14,7 @@ COLOURS = {
     "adapter_context": "#2f855a",
 }
 # Of what is measured at the end alone.
-ENDS = (
-    "#b7791f",
-    "#2c7a7b",
-    "#63b3ed",
-    "#553c9a",
-    "#97266d",
-    "#718096",
-    "#276749",
-)
+ENDS = ("#b7791f", "#2c7a7b", "#63b3ed", "#553c9a", "#97266d", "#718096", "#276749", "#b83280")
 NAMES = {"wrong_user": "another's adapter", "adapter_context": "adapter + context", "stale": "version before"}
 CAPTION = "Each point stands on other held-out messages: those that came next then."
 _PANEL = (WIDTH - 2 * MARGIN - GAP) / 2
@@ -62,10 +54,15 @@ def _curves(people: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _ends(people: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean losses after the last round under what only that is measured under: each context, the version before."""
+    """Mean losses after the last round under what only that is measured under: each context, the version before, and
+    base and versions as they are served."""
     measured = [person.get("conditions", {}) for person in people]
     means = _means(measured) if all(measured) else {}
-    return {name: value for name, value in means.items() if name == "stale" or name.startswith("context_")}
+    return {name: value for name, value in means.items() if _at_the_end(name)}
+
+
+def _at_the_end(name: str) -> bool:
+    return name == "stale" or name.startswith("context_") or name.endswith("_served")
 
 
 def _legend(place: int, text: str, colour: str) -> str:

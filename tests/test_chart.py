@@ -41,7 +41,7 @@ def test_what_is_measured_at_the_end_alone_has_a_mark() -> None:
     conditions |= {"context_recent_256": 3.6, "context_found_1024": 3.5}
     for person in people["users"]:  # type: ignore[attr-defined]
         person["conditions"] = conditions
-    marks = {"◇ version before", "◇ context recent 256", "◇ context found 1024"}
+    marks = {"◇ version before", "◇ adapter served", "◇ context recent 256", "◇ context found 1024"}
     assert {text for text in texts(people) if str(text).startswith("◇")} == marks
     del people["users"][1]["conditions"]  # type: ignore[index]
     assert not any(str(text).startswith("◇") for text in texts(people))

@@ -394,7 +394,7 @@ async def main() -> None:
                 measure.close()
         await engine.stop()
         if options.only in "cold":
-            more = [adapter(folder, prepared, number) for number in range(101, 221)]
+            more = [adapter(folder, prepared, number, next(ranks)) for number in range(101, 221)]
             await cold_adapters(settings, prepared, more)
         if options.only in "loads":
             more = [adapter(folder, prepared, number) for number in range(301, 421)]
