@@ -17,14 +17,22 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from persona.engine import adapter_file, checkpoint_file, device, prepare, random_adapter
 from persona.engine.client import LocalEngine
-from persona.engine.protocol import AdapterRef, Example, GenerateRequest, Plan, Sampling, ScoreRequest, TrainRequest
+from persona.engine.protocol import (
+    AdapterRef,
+    Example,
+    GenerateRequest,
+    Plan,
+    Sampling,
+    ScoreRequest,
+    TrainRequest,
+    replace,
+)
 from persona.engine.shape import TARGETS, Shape
 from persona.settings import Settings, load
 

@@ -251,13 +251,32 @@ static inline __attribute__((always_inline)) void lowered_few(
     }
 }
 
+/* `lowered` for `lanes` · 16 neighbouring ranks: A is read once, and so many sums go on side by side that none waits. */
+static inline __attribute__((always_inline)) void lowered_many(
+    const int lanes, const int turns, const float *x, const cell *a, int64_t in, int64_t rank, float *low) {
+    v16 sum[4][4];
+    for (int t = 0; t < turns; t++)
+        for (int c = 0; c < lanes; c++) sum[t][c] = all(0);
+    int64_t i = 0;
+    for (; i + turns <= in; i += turns)
+        for (int t = 0; t < turns; t++)
+            for (int c = 0; c < lanes; c++) sum[t][c] += wide(a + (i + t) * rank + 16 * c) * x[i + t];
+    for (; i < in; i++)
+        for (int c = 0; c < lanes; c++) sum[0][c] += wide(a + i * rank + 16 * c) * x[i];
+    for (int c = 0; c < lanes; c++) {
+        for (int t = 1; t < turns; t++) sum[0][c] += sum[t][c];
+        put(low + 16 * c, sum[0][c]);
+    }
+}
+
 /* x [in] · A [in, rank] → low [rank] */
 static void lowered(const float *x, const cell *a, int64_t in, int64_t rank, float *low) {
     if (rank % 16 == 0) {
-        for (int64_t r = 0; r < rank; r += 16) {
-            v16 sum = all(0);
-            for (int64_t i = 0; i < in; i++) sum += wide(a + i * rank + r) * x[i];
-            put(low + r, sum);
+        for (int64_t r = 0; r < rank; r += 64) switch ((rank - r) / 16) {
+            case 1: lowered_many(1, 4, x, a + r, in, rank, low + r); break;
+            case 2: lowered_many(2, 4, x, a + r, in, rank, low + r); break;
+            case 3: lowered_many(3, 2, x, a + r, in, rank, low + r); break;
+            default: lowered_many(4, 2, x, a + r, in, rank, low + r);
         }
     } else if (in % 16 == 0 && 16 % rank == 0) {
         switch (rank) {
@@ -354,7 +373,23 @@ static inline __attribute__((always_inline)) void tile(
         }
 }
 
+/* y [count] += low [rank] · B [rank, out], of which these are `count` columns. A whole block stays in registers. */
 static void add_low(float *y, const float *low, const cell *b, int64_t rank, int64_t out, int64_t count) {
+    if (count == BLOCK) {
+        v16 sum[2][LANES];
+        for (int c = 0; c < LANES; c++) sum[0][c] = get(y + 16 * c), sum[1][c] = all(0);
+        int64_t r = 0;
+        for (; r + 2 <= rank; r += 2, b += 2 * out)
+            for (int c = 0; c < LANES; c++) {
+                sum[0][c] += wide(b + 16 * c) * low[r];
+                sum[1][c] += wide(b + out + 16 * c) * low[r + 1];
+            }
+        for (int c = 0; c < LANES; c++) {
+            if (r < rank) sum[0][c] += wide(b + 16 * c) * low[r];
+            put(y + 16 * c, sum[0][c] + sum[1][c]);
+        }
+        return;
+    }
     for (int64_t r = 0; r < rank; r++, b += out) {
         int64_t i = 0;
         for (; i + 16 <= count; i += 16) put(y + i, get(y + i) + wide(b + i) * low[r]);
