@@ -329,6 +329,18 @@ def test_a_score_is_told_beside_them_and_a_silent_prompt_says_nothing(models: Mo
     assert (scored.computed, silent.computed) == (20, 20)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks", [(32, 48, 5), (80, 128, 7), (112, 256, 9)])
+def test_wide_adapters_are_those_of_plain_torch(models: Models, ranks: tuple[int, ...], way: str) -> None:
+    world = World(models, "llama")
+    for place in ALL:
+        world.adapters[place] = adapter(world.decoder.shape, ranks[place % len(ranks)], torch.float32)
+    found, wanted = world.logits(world.steps(*WAYS[way]), ALL), world.logits(None, ALL)
+    tolerance = 0.1 if way == "this CPU" and torch.cpu._is_avx512_bf16_supported() else 1e-3
+    assert (found - wanted).abs().max() < tolerance
+    assert torch.equal(world.logits(world.steps(*WAYS[way]), [4])[0], found[4])
+
+
 def test_an_adapter_of_a_rank_that_it_does_not_know_is_left_to_torch(models: Models) -> None:
     world = World(models, "llama")
     world.adapters[1] = adapter(world.decoder.shape, 300, torch.float32)
