@@ -6,7 +6,8 @@
 
    and its chance falls on a token in the sum of all e, or of the likeliest alone, if top-k, min-p or the nucleus leave no
    more. For these the row is cut at ever smaller e, until all that they leave is above the cut, and of that only as much
-   is put in order as they leave. Sums are of fp64 over blocks of fp32, so that the same row gives the same token whoever stands beside it. */
+   is put in order as they leave. Sums are of fp64 over blocks of fp32, row by row: the same row gives the same token
+   whoever stands beside it. */
 
 #include <float.h>
 #include <math.h>
