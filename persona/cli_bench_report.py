@@ -26,7 +26,13 @@ _COUNTED = {
     "prompt_tokens": "prefix_tokens_asked",
     "cached_tokens": "prefix_tokens_found",
 }
-_STATES = {"resident": "adapters", "resident_bytes": "adapter_bytes", "memory": "memory", "base_bytes": "base_bytes"}
+_STATES = {
+    "resident": "adapters",
+    "resident_bytes": "adapter_bytes",
+    "host": "adapters_in_ram",
+    "memory": "memory",
+    "base_bytes": "base_bytes",
+}
 
 
 def percentiles(seconds: Iterable[float]) -> dict[str, float] | None:

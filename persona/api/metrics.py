@@ -20,6 +20,8 @@ _ENGINE = {
     "resident": "adapters on the device",
     "resident_bytes": "bytes of these",
     "adapter_pages": "pages of memory that they take",
+    "host": "adapters in RAM, from where they come back without their files",
+    "host_bytes": "bytes of these",
     "loads": "adapters brought to the device since the engine started",
     "disk_loads": "of these, adapters read from disk",
     "loaded_bytes": "bytes of adapters brought to the device",

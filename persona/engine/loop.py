@@ -321,6 +321,8 @@ class EngineLoop:
             resident=len(residents),
             resident_bytes=sum(one.nbytes() for one in residents),
             adapter_pages=sum(len(lease.pages) for lease in self._tiers.shelf.leases),
+            host=self._tiers.host,
+            host_bytes=self._tiers.host_nbytes,
             loads=self._tiers.loads,
             disk_loads=self._tiers.reads,
             loaded_bytes=self._tiers.loaded_bytes,

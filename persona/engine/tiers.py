@@ -70,6 +70,11 @@ class Tiers:
         self.loads = self.reads = self.loaded_bytes = 0  # to the device; from disk
 
     @property
+    def host(self) -> int:
+        """Adapters in RAM."""
+        return len(self._host)
+
+    @property
     def host_nbytes(self) -> int:
         return self._host.nbytes
 
@@ -174,6 +179,9 @@ class _Kept(Generic[T]):
         self._values: dict[AdapterRef, T] = {}
         self._sizes: dict[AdapterRef, int] = {}
         self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._values
