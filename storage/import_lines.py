@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from persona.domain import Line, Role
+from persona.domain import EntryId, Line, Role
 from persona.errors import RequestError, Unprocessable
 from persona.wire import decode
 from storage.imports import ImportItem
@@ -20,13 +20,15 @@ class WireLine(msgspec.Struct):
 
 
 class WireItem(msgspec.Struct):
-    """One message of an import. `ts`: ISO 8601 (UTC if it names no zone) or seconds since 1970."""
+    """One message of an import. `ts`: ISO 8601 (UTC if it names no zone) or seconds since 1970 · `entry`: what an
+    export calls it; anything else there is somebody else's, and ignored."""
 
     ts: str | float
     text: str
     id: str | int | None = None
     context: list[WireLine] | None = None
     role: str = "user"
+    entry: object = None
 
 
 def parse(number: int, line: bytes) -> WireItem:
@@ -52,7 +54,8 @@ def _item(wire: WireItem) -> ImportItem:
     lines = (wire.context or [])[-MAX_CONTEXT:]
     context = tuple(Line(line.author, line.text) for line in lines)
     identity = None if wire.id is None else str(wire.id)
-    return ImportItem(wire.text, moment(wire.ts), identity, context, role)
+    known = wire.entry if type(wire.entry) is int and 0 < wire.entry < 1 << 63 else None
+    return ImportItem(wire.text, moment(wire.ts), identity, context, role, None if known is None else EntryId(known))
 
 
 def moment(value: str | float) -> datetime:

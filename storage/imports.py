@@ -1,6 +1,7 @@
 """Uploaded history: each item is stored once, under its own id or, without one, under its time and text.
 
-A deleted item does not come back with the next upload. Times in the future are set to now.
+A line of an export names the entry that it was: where that still says the same, nothing is stored again. A deleted item
+does not come back with the next upload, nor does a deleted turn of an export. Times in the future are set to now.
 """
 
 import asyncio
@@ -12,9 +13,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from persona.domain import Line, Origin, Role, UserId
+from persona.domain import EntryId, Line, Origin, Role, UserId
 from persona.errors import Unprocessable
-from storage import identity, insertion
+from storage import identity, insertion, turns
 from storage.database import Transaction
 from storage.tables import deletions, entries
 
@@ -34,6 +35,7 @@ class ImportItem:
     id: str | None = None
     context: tuple[Line, ...] = ()
     role: Role = Role.USER
+    entry: EntryId | None = None  # which of the user's entries it was when it was exported, perhaps from elsewhere
 
     def __post_init__(self) -> None:
         if not identity.clean(self.role, self.text):
@@ -98,7 +100,7 @@ async def prepare(
 
 
 def _rows(items: dict[bytes, ImportItem], count: Callable[[str], int], now: datetime) -> dict[bytes, dict[str, Any]]:
-    return {key: {**_row(item, count, now), "item": key} for key, item in items.items()}
+    return {key: {**_row(item, count, now), "item": key, "was": item.entry} for key, item in items.items()}
 
 
 async def store(connection: Transaction, user_id: UserId, rows: dict[bytes, dict[str, Any]]) -> int:
@@ -106,9 +108,33 @@ async def store(connection: Transaction, user_id: UserId, rows: dict[bytes, dict
     held = sa.select(entries.c.item).where(entries.c.user_id == user_id, entries.c.item.in_(list(rows)))
     gone = sa.select(deletions.c.digest).where(deletions.c.user_id == user_id, deletions.c.digest.in_(list(rows)))
     seen = {*(await connection.execute(held)).scalars(), *(await connection.execute(gone)).scalars()}
+    seen |= await _exported(connection, user_id, {key: row for key, row in rows.items() if row["was"] is not None})
     new = [{"user_id": user_id, **row} for key, row in rows.items() if key not in seen]
+    for row in new:
+        del row["was"]
     await insertion.insert(connection, new)
     return len(new)
+
+
+async def _exported(connection: Transaction, user_id: UserId, rows: dict[bytes, dict[str, Any]]) -> set[bytes]:
+    """Of lines of an export: those that are here under their own ids, and those whose turns were deleted here."""
+    if not rows:
+        return set()
+    columns = (entries.c.id, entries.c.role, entries.c.text, entries.c.ts)
+    here = sa.select(*columns).where(
+        entries.c.user_id == user_id, entries.c.id.in_([row["was"] for row in rows.values()])
+    )
+    known = {(one.id, one.role, one.text, one.ts) for one in await connection.execute(here)}
+    found = {key for key, row in rows.items() if (row["was"], row["role"], row["text"], row["ts"]) in known}
+    salt, ids = await turns.salt(connection, user_id), {one[0] for one in known}
+    marks = {
+        key: turns.mark(salt, identity.digest(row["role"], row["text"]))
+        for key, row in rows.items()
+        if row["was"] not in ids
+    }
+    mine = sa.select(deletions.c.turn).where(deletions.c.user_id == user_id, deletions.c.turn.in_(list(marks.values())))
+    deleted = set((await connection.execute(mine)).scalars())
+    return found | {key for key, mark in marks.items() if mark in deleted}
 
 
 def _row(item: ImportItem, count: Callable[[str], int], now: datetime) -> dict[str, Any]:

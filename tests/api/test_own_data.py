@@ -297,6 +297,27 @@ async def test_threat_33_export_is_one_archive_that_can_be_imported_elsewhere(li
     assert list(live.services.settings.run_dir.glob("export-*")) == []
 
 
+async def test_an_export_that_comes_back_where_it_was_made_stores_nothing_twice(live: Live) -> None:
+    for text in ("a first question", "a second question"):
+        await live.say(text)
+    content = await exported(live)
+    sent: dict[str, Any] = {"headers": {"Content-Type": "application/x-ndjson"}}
+    before = await live.history()
+    first = (await live.call("GET", "/v1/me/history"))["data"][0]["id"]
+    assert await live.call("POST", "/v1/me/history", data=io.BytesIO(content), **sent) == {"stored": 0, "duplicates": 4}
+    await live.call("DELETE", f"/v1/me/history/{first}")
+    assert await live.call("POST", "/v1/me/history", data=io.BytesIO(content), **sent) == {"stored": 0, "duplicates": 4}
+    assert await live.history() == before[1:]
+    changed = content.replace(b"a second question", b"another question")
+    assert await live.call("POST", "/v1/me/history", data=io.BytesIO(changed), **sent) == {"stored": 1, "duplicates": 3}
+
+
+async def exported(live: Live) -> bytes:
+    """history.jsonl of ann's export."""
+    async with live.http.get("/v1/me/export", headers={"Authorization": f"Bearer {await live.key()}"}) as answer:
+        return zipfile.ZipFile(io.BytesIO(await answer.read())).read("history.jsonl")
+
+
 async def test_forget_needs_the_name_and_then_removes_everything(live: Live) -> None:
     await live.say("a secret of ann's")
     await live.publish()

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 from datetime import datetime, timedelta
 
 import pytest
 
-from persona.domain import Line, Origin, Role
+from persona.domain import EntryId, Line, Origin, Role
 from persona.errors import NotFound, Unprocessable
+from storage import import_lines
 from storage.history import ImportItem
 from storage.imports import MAX_CHARS, batches
 
@@ -112,6 +114,26 @@ async def test_a_deleted_item_does_not_come_back_with_the_next_upload(history, a
     await history.delete(ann.id, 2)
     assert await history.import_(ann.id, items, count=len, now=now) == (0, 2)
     assert [entry.text for entry in await history.page(ann.id)] == ["keep"]
+
+
+async def test_a_line_of_an_export_is_known_by_its_entry_where_that_says_the_same(history, ann, now):
+    await history.import_(ann.id, [ImportItem("here", now, "7")], count=len, now=now)
+    items = [
+        ImportItem("here", now, entry=EntryId(1)),
+        ImportItem("of another place", now, entry=EntryId(1)),
+        ImportItem("here", now - timedelta(seconds=1), entry=EntryId(1)),
+        ImportItem("never here", now, entry=EntryId((1 << 63) - 1)),
+    ]
+    assert await history.import_(ann.id, items[:1], count=len, now=now) == (0, 1)
+    assert await history.import_(ann.id, items, count=len, now=now) == (3, 1)
+    answered = ImportItem("here", now, role=Role.ASSISTANT, entry=EntryId(1))
+    assert await history.import_(ann.id, [answered], count=len, now=now) == (1, 0)
+
+
+@pytest.mark.parametrize("entry", ["7", 7.0, -7, 0, 1 << 63, [7], None, True])
+def test_what_others_call_entry_is_no_entry_of_ours(entry, now):
+    line = json.dumps({"ts": 0, "text": "hi", "entry": entry}).encode()
+    assert import_lines.item(1, import_lines.parse(1, line)).entry is None
 
 
 @pytest.mark.parametrize(
