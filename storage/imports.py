@@ -19,7 +19,7 @@ from storage import identity, insertion, turns
 from storage.database import Transaction
 from storage.tables import deletions, entries
 
-MAX_CHARS = 65_536  # of one item's text, and of its context
+MAX_CHARS = 2 << 20  # of one item's text, and of its context: what a chat may say, which an export holds
 _BATCH = 500  # items of one transaction
 _BATCH_CHARS = 1 << 20  # above which it takes no more
 _BREATH = 50  # texts counted before others may run

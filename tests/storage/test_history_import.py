@@ -61,7 +61,8 @@ def test_text_and_context_have_a_limit_each(now, what, length, fits):
         "context": {"context": (Line("", "x" * 9), Line("", "x" * (length - 9)))},
         "author": {"context": (Line("x" * length, ""),)},
     }[what]
-    refused = contextlib.nullcontext() if fits else pytest.raises(Unprocessable, match="longer than 65536 characters")
+    told = f"longer than {MAX_CHARS} characters"
+    refused = contextlib.nullcontext() if fits else pytest.raises(Unprocessable, match=told)
     with refused:
         ImportItem(**{"text": "hi", "ts": now, **said})
 
