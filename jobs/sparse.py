@@ -86,10 +86,10 @@ class SparseAdapter:
     @torch.no_grad()
     def norm(self) -> float:
         """‖update‖_F over all projections, relative to their number of output rows: about ‖update · x‖ for |x| = 1."""
-        squares, rows = 0.0, 0
-        for factor in self.factors.values():
-            squares += float(((factor.a.t() @ factor.a) * (factor.b @ factor.b.t())).sum())
-            rows += factor.b.shape[1]
+        factors = self.factors.values()
+        parts = [((factor.a.t() @ factor.a) * (factor.b @ factor.b.t())).sum() for factor in factors]
+        squares = float(torch.stack(parts).double().sum()) if parts else 0.0  # waits for a GPU once, not for each
+        rows = sum(factor.b.shape[1] for factor in factors)
         return float((max(squares, 0.0) / max(rows, 1)) ** 0.5) * self.header.scale
 
     def save(self, folder: Path) -> None:

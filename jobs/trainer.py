@@ -3,7 +3,7 @@
 The base is the one that serves, never changed, written out one layer at a time. A slice is half a layer over one pack
 of examples, or some words of the head. Each slice enters and leaves its own grad scope. Whoever stops a
 training loses at most an optimizer step: its state is kept there, and the same request goes on from it to the same
-result, bit for bit.
+result, on a CPU bit for bit.
 
 Most of an example is context, which the model reads and never learns to say. Gradients flow through the rows that
 predict a target and stop where the context's activations begin, so that the backward pass, which recomputes one layer

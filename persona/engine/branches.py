@@ -73,7 +73,9 @@ class Branches:
 def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """q: [rows, heads, dim], k and v: [nodes, kv_heads, dim], mask: [rows, nodes] → [rows, heads · dim]."""
     q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=True)
+    if not (grouped := q.device.type == "cpu"):  # CUDA has no quick kernel for a mask and heads that share keys
+        k, v = (part.repeat_interleave(len(q) // len(part), 0) for part in (k, v))
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1).reshape(q.shape[1], -1)
 
 

@@ -69,6 +69,7 @@ class Options(msgspec.Struct, frozen=True):
 def build(options: Options, send: Outbox, loader: Submit) -> EngineLoop:
     """Load the base and put the engine together. Raises ModelError."""
     torch.set_num_threads(weights.threads(options.threads))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and scores have all shapes
     folder = Path(options.folder)
     base = decoder.load(folder, options.weights, options.device)
     memory, cache = _storage(options, base)

@@ -10,6 +10,7 @@ gets a page writes all that will be read of it: nothing of an earlier owner is s
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -35,14 +36,22 @@ class Memory:
 def apart(device: torch.device) -> Iterator[None]:
     """While a load is written, by the loader's thread: on a GPU in a stream of its own, so that no step waits for it.
 
-    It waits for the steps that were launched before, which may still read what stood in its pages; at its end all is
-    written.
+    It waits for the steps that were launched before, which may still read what stood in its pages; at its end, be it an
+    error, nothing is being written any more.
     """
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loads: torch keeps what was freed in a stream for that stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -51,6 +51,8 @@ class Runner:
     def run(self, plan: Plan, adapters: dict[int, Resident | None]) -> Result:
         """`adapters`: by sequence id. Afterwards each sequence's `computed` has moved on."""
         result = self._whole_step(plan, adapters) or self._together(plan.decode, plan.prefill, adapters)
+        if self._decoder.device.type == "cuda":  # here, where others may see to loads, and not where results are read
+            torch.cuda.current_stream(self._decoder.device).synchronize()
         for sequence in plan.decode:
             sequence.computed += 1
         for segment in plan.prefill:

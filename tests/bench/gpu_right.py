@@ -118,7 +118,10 @@ def prompt_adapter_error(bench: Bench) -> float:
 
 def product_error(bench: Bench, form: str, target: str) -> float:
     outputs, inputs = bench.size.shape.projection(target)
-    parts = {k: part.to(bench.device) for k, part in quantize.encode(torch.randn(outputs, inputs), form).items()}
+    parts = {
+        k: part.to(bench.device)
+        for k, part in quantize.encode(torch.randn(outputs, inputs, device=bench.device), form).items()
+    }
     x = bench.random(FEW // 2 + 1, inputs)
     if form == "nf4":
         dense = reference.nf4_dense(parts["bytes"], parts["absmax"], outputs)
@@ -164,7 +167,7 @@ def step_errors(bench: Bench, form: str) -> tuple[float, float]:
     def steps(kernels: Kernels | None, *, replayed: bool) -> torch.Tensor:
         store.memory.bytes.copy_(filled)
         layout = Layout(PAGE, store.stride, 2, scratch=3 * 2)
-        made = DecodeGraphs(base, store, layout, bench.kernels, bench.record) if replayed else None
+        made = DecodeGraphs(base, store, layout, bench.kernels, bench.recorder()) if replayed else None
         some, found = sequences(3, PAGE - 1, 2 * PAGE), []
         with path(kernels):
             run = Runner(base, store, made)
@@ -172,6 +175,8 @@ def step_errors(bench: Bench, form: str) -> tuple[float, float]:
                 found.append(run.run(Plan(some, []), {0: one, 1: None, 2: other}))
                 for sequence in some:
                     sequence.tokens.append(1)
+        if made is not None and not all(made.made.values()):
+            raise RuntimeError("a step was not recorded: the log says why")
         return torch.cat(
             [result.logits[[s.id for s in result.next].index(row)][None] for result in found for row in range(3)]
         )

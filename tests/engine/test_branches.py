@@ -95,3 +95,10 @@ def test_replies_go_on_between_slices_of_scoring(models: Models) -> None:
     assert scoring not in bench.answers
     bench.finish()
     assert isinstance(bench.answers[scoring][-1], protocol.AllScores)
+
+
+def test_beside_a_cpu_heads_that_share_keys_are_written_out() -> None:
+    """By a device without numbers: which kernels torch has for a mask and shared heads differs."""
+    q, k, mask = torch.empty(5, 6, 8), torch.empty(9, 2, 8), torch.ones(5, 9, dtype=torch.bool)
+    found = branches.attended(*(part.to("meta") for part in (q, k, k, mask)))
+    assert (found.shape, found.device.type) == (branches.attended(q, k, k, mask).shape, "meta")

@@ -1,8 +1,10 @@
 """Sizes of recorded steps and what fills them up, with plain integers."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from persona.engine.buckets import BUCKETS, HEAD, Layout, Row, bucket, up_to
+from persona.engine.buckets import BUCKETS, Layout, Row, Table, bucket, up_to
 
 LAYOUT = Layout(size=16, stride=96, most=3, scratch=90)
 
@@ -17,16 +19,22 @@ def test_a_step_takes_the_smallest_size_that_holds_it(rows: int, size: int | Non
 
 @pytest.mark.parametrize(("position", "slot"), [(0, 7 * 96), (15, 7 * 96 + 15), (16, 3 * 96), (40, 5 * 96 + 8)])
 def test_a_line_says_where_the_token_goes_and_what_it_sees(position: int, slot: int) -> None:
-    (line,) = LAYOUT.lines([Row(11, position, [7, 3, 5])], 1)
-    assert line[:HEAD] == [11, position, slot, position + 1]
-    used = position // 16 + 1
-    assert line[HEAD:] == [7, 3, 5][:used] + [90] * (3 - used)
+    (line,) = filled([Row(11, position, (7, 3, 5))])
+    assert line == [11, position, slot, position + 1, 7, 3, 5]
+
+
+def test_fewer_pages_than_there_is_room_for_are_filled_up_with_the_scratch_page() -> None:
+    assert filled([Row(11, 20, (7, 3))]) == [[11, 20, 3 * 96 + 4, 21, 7, 3, 90]]
+
+
+def test_of_more_pages_than_there_is_room_for_the_first_stand_there() -> None:
+    assert filled([Row(11, 20, (7, 3, 5, 8))]) == [[11, 20, 3 * 96 + 4, 21, 7, 3, 5]]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 5])
 def test_spare_rows_touch_the_scratch_page_only(rows: int) -> None:
     size = bucket(rows) or 4
-    lines = LAYOUT.lines([Row(11, 20, [row, row + 30]) for row in range(rows)], size)
+    lines = filled([Row(11, 20, (row, row + 30)) for row in range(rows)], size)
     assert len(lines) == size
     assert all(len(line) == LAYOUT.width for line in lines)
     for token, position, slot, length, *pages in lines[rows:]:
@@ -38,9 +46,22 @@ def test_spare_rows_touch_the_scratch_page_only(rows: int) -> None:
         assert 90 not in pages[: -(-length // 16)]
 
 
-def test_pages_that_a_sequence_holds_for_later_are_not_read() -> None:
-    (line,) = LAYOUT.lines([Row(11, 15, [7, 3, 5])], 1)
-    assert line[HEAD:] == [7, 90, 90]
+PAGES = [(1,), (2, 3), (4, 5, 6), (7, 8, 9)]  # of four sequences
+STEPS = st.lists(st.lists(st.tuples(st.sampled_from(PAGES), st.integers(0, 15)), max_size=4), max_size=8)
+
+
+@given(STEPS)
+def test_a_table_that_was_used_says_what_a_new_one_says(steps: list[list[tuple[tuple[int, ...], int]]]) -> None:
+    """Whoever came and left before: no page of an earlier row stays."""
+    used = Table(LAYOUT, 4)
+    for step in steps:
+        rows = [Row(11, position, pages) for pages, position in step]
+        assert used.filled(rows).tolist() == filled(rows, 4)
+
+
+def filled(rows: list[Row], size: int = 1) -> list[list[int]]:
+    lines: list[list[int]] = Table(LAYOUT, size).filled(rows).tolist()
+    return lines
 
 
 def test_longer_sequences_than_a_recording_has_room_for_do_not_fit() -> None:

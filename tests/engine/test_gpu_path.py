@@ -7,6 +7,7 @@ the path of the CPU: log-probabilities within 1e-3, and the same words.
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import adapters
@@ -17,7 +18,7 @@ from parts import library
 from plain import some_tokens
 from workbench import PAGE, Bench
 
-from persona.engine import refusals
+from persona.engine import memory, refusals
 from persona.engine.graphs import Work
 from persona.engine.kernels import choice
 from persona.engine.kernels.choice import Kernels
@@ -131,6 +132,25 @@ def test_a_size_that_cannot_be_recorded_is_launched_and_tried_once(models: Model
     one.graphs._record = fails
     same(replies(one, [None, None]), replies(bench(models), [None, None]))
     assert len(tries) == 1
+    assert one.graphs.made == {(2, False): False}
+    replies(one, [None])
+    assert len(tries) == 2, "a smaller one may have room"
+
+
+def test_after_a_recording_that_came_to_nothing_none_is_tried(models: Models, gpu_path: Kernels) -> None:
+    """torch's allocator may be in the middle of it."""
+    one, tries = bench(models, gpu_path), list[Work]()
+
+    def fails(work: Work) -> NoReturn:
+        tries.append(work)
+        raise RuntimeError("operation not permitted when stream is capturing\nand what torch thinks of it")
+
+    assert one.graphs is not None
+    one.graphs._record = fails
+    one.graphs.prepare(4)
+    assert len(tries) == 1
+    assert one.graphs.made == dict.fromkeys([(size, adapted) for size in (1, 2, 4) for adapted in (True, False)], False)
+    same(replies(one, [None, None]), replies(bench(models), [None, None]))
 
 
 def test_a_load_has_a_stream_of_its_own_and_is_there_when_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,18 +170,31 @@ def test_a_load_has_a_stream_of_its_own_and_is_there_when_it_says_so(monkeypatch
     @contextmanager
     def within(stream: Stream) -> Iterator[None]:
         told.append("in it")
-        yield
-        told.append("out of it")
+        try:
+            yield
+        finally:
+            told.append("out of it")
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", within)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the steps")
-    with apart(torch.device("cuda")):
-        told.append("copies")
-    assert told == ["stream", "waits for the steps", "in it", "copies", "out of it", "done"]
+    memory._stream.cache_clear()
+
+    def loaded(number: int) -> float:
+        with apart(torch.device("cuda")):
+            told.append("copies")
+            return 1 / number
+
+    loaded(1)
+    load = ["waits for the steps", "in it", "copies", "out of it", "done"]
+    assert told == ["stream", *load]
+    with pytest.raises(ZeroDivisionError):
+        loaded(0)
+    assert told == ["stream", *load, *load], "nothing is being written when it fails, either"
     with apart(torch.device("cpu")):
         pass
-    assert len(told) == 6
+    assert len(told) == 1 + 2 * len(load)
+    memory._stream.cache_clear()
 
 
 def test_spare_rows_write_to_the_scratch_page_and_nobody_reads_it(models: Models, gpu_path: Kernels) -> None:
@@ -186,6 +219,19 @@ def test_where_triton_does_not_start_cuda_takes_plain_torch(monkeypatch: pytest.
     choice.kernels.cache_clear()
     assert choice.kernels("cuda") is None
     choice.kernels.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "starts"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_that_does_not_multiply_bf16_takes_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], starts: bool
+) -> None:
+    library("triton")
+    from triton.runtime import driver
+
+    target = SimpleNamespace(get_current_target=lambda: None)
+    monkeypatch.setattr(type(driver), "active", target)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert choice._starts() is starts
 
 
 @pytest.mark.parametrize(("code", "lost"), [(700, True), (900, False), (901, False), (908, False), (None, True)])

@@ -15,6 +15,8 @@ import torch
 
 from persona.engine.kernels.reference import DecodeRows, PromptRows
 
+AMPERE = (8, 0)  # the first that multiplies bf16
+
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
@@ -37,14 +39,15 @@ def kernels(device: str) -> Kernels | None:
 
 
 def _starts() -> bool:
-    """Whether Triton reaches the GPU: it compiles its own part of that first, with the machine's C compiler."""
+    """Whether the GPU multiplies bf16 and Triton reaches it: that compiles its own part of it first, with the machine's
+    C compiler."""
     from triton.runtime import driver
 
     try:
         driver.active.get_current_target()
+        return torch.cuda.get_device_capability() >= AMPERE
     except Exception:  # whatever a compiler or a driver ends in: plain torch computes the same
         return False
-    return True
 
 
 @cache

@@ -55,7 +55,9 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], c
     scalars = {name: "fp32" if name == "scale" else "i32" for name in kernel.arg_names}
     types = {name: pointers.get(name, kind) for name, kind in scalars.items()} | dict.fromkeys(constants, "constexpr")
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = triton.compiler.ASTSource(kernel, types, values)
+    aligned = [at for at, name in enumerate(kernel.arg_names) if types[name].startswith("*") and name != "table"]
+    attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}  # as torch allocates, and launches find
+    source = triton.compiler.ASTSource(kernel, types, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
