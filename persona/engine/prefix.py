@@ -157,15 +157,17 @@ class PrefixCache:
             self._evict(block)
 
     def _evict(self, block: Block) -> None:
-        """All that stand behind it are idle, too: whoever used one would use this one."""
-        while block.behind:
-            self._evict(next(iter(block.behind)))
-        if block.parent is not None:
-            block.parent.behind.discard(block)
-        self._leave_idle(block)
-        del self._blocks[block.key]
-        block.known = False
-        self.pool.give([block.page])
+        """With all that stand behind it, the last ones first. They are idle: whoever used one would use this one."""
+        leaving = [block]
+        for one in leaving:
+            leaving += one.behind
+        for one in reversed(leaving):
+            if one.parent is not None:
+                one.parent.behind.discard(one)
+            self._leave_idle(one)
+            del self._blocks[one.key]
+            one.known = False
+            self.pool.give([one.page])
 
     def _leave_idle(self, block: Block) -> None:
         del self._idle[block]

@@ -48,6 +48,22 @@ def test_full_pages_are_found_and_one_token_is_left_to_compute() -> None:
     assert found(cache, OWNERS[0], [99, *text]) == 0
 
 
+@pytest.mark.parametrize("way", ["forgotten", "wanted"])
+def test_a_text_of_any_length_leaves_whole(way: str) -> None:
+    """8,000 tokens in blocks of four: a chain longer than Python nests calls."""
+    pool = PagePool(2000, SIZE)
+    cache = PrefixCache(pool, quota=1.0)
+    fill(cache, OWNERS[0], list(range(8000)))
+    assert cache.idle_pages == 2000
+    if way == "forgotten":
+        cache.forget(lambda owner: True)
+    else:
+        assert pool.take_run(2000, ()) == list(range(2000))
+        pool.give(list(range(2000)))
+    assert (cache.idle_pages, pool.available, found(cache, OWNERS[0], list(range(9)))) == (0, 2000, 0)
+    cache.check([], [])
+
+
 @pytest.mark.parametrize("other", OWNERS[1:])
 def test_another_user_or_version_finds_nothing(other: Owner) -> None:
     cache = PrefixCache(PagePool(20, SIZE))
