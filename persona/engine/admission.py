@@ -7,7 +7,7 @@ share of it: in a full one a request of whoever has the most there leaves. A req
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from persona.engine.compiling import Compiling
 from persona.engine.prefix import Owner
@@ -90,6 +90,8 @@ class Admission:
 
     def enter(self, sequence: Sequence) -> None:
         """Into the waiting room. Raises Busy if its turn would come too late."""
+        if not sequence.background and not self._scheduler.chats:
+            self._pace.forget()
         self._scheduler.add(sequence)
         wait = 0.0 if sequence.background else self._pace.wait(self._scheduler.before(sequence))
         if wait > self._patience:
@@ -105,10 +107,10 @@ class Admission:
         waiting = [one for one in self._scheduler.sequences() if not one.pages and not one.silent and one.since < since]
         return [*(coming.sequence for coming in self._compiling.late(since)), *waiting]
 
-    def left(self, admitted: int) -> None:
-        """So many left the room for the running set just now."""
-        for _ in range(admitted):
-            self._pace.left(self._clock(), others=self._scheduler.waiting > 0)
+    def left(self, admitted: Iterable[Sequence]) -> None:
+        """These left the room for the running set just now."""
+        for _ in [one for one in admitted if not one.background]:
+            self._pace.left(self._clock(), others=len(self._scheduler.chats) > 0)
 
     def refusal(self) -> Busy:
         """What somebody is told who may not wait any longer."""

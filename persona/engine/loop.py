@@ -3,7 +3,8 @@
 `handle` takes one request in, `work` runs one step and, when serving leaves time, one slice of training. Serving
 comes first: beside running sequences, slices get a share of their time. Any answer goes out through `send`. All of
 it is one thread; while that computes, others see to it that adapters come (tiers.py: `turn`), and do nothing else.
-Nothing here blocks, and nothing that fails in one request or in training reaches another.
+Nothing here waits for longer than a few milliseconds (compiling.py: `pause`), and what fails in one request or in
+training reaches no other, but for a step that fails as a whole.
 """
 
 import math
@@ -44,8 +45,8 @@ from persona.engine.slices import Scoring, Slices
 from persona.engine.stops import Stops
 from persona.engine.text import Detokenizer, Text
 from persona.engine.tiers import Tiers
-from persona.engine.underway import Ahead, Job, Score, Underway
-from persona.errors import Busy, PersonaError, TooLarge
+from persona.engine.underway import BROKEN, Ahead, Job, Score, Underway
+from persona.errors import Busy, EngineDown, PersonaError, TooLarge
 
 Train = Callable[[protocol.TrainRequest], Iterator[Progress | None]]  # each item is one slice
 ScoreSlices = Callable[[Wanted], slices.Scores]
@@ -290,6 +291,9 @@ class EngineLoop:
         except (RuntimeError, MemoryError) as error:  # an adapter that does not fit
             log.error("request failed", kind=type(error).__name__)
             self._fail(job, Busy("There is no memory for this request; try again later.", retry_after=10))
+        except Exception as error:  # whatever it is: this request ends, the engine goes on
+            log.error("request failed", kind=type(error).__name__)
+            self._fail(job, EngineDown(BROKEN))
 
     def _stage(self, job: int, lease: Lease[Resident]) -> None:
         self._tiers.release(lease)
@@ -342,7 +346,7 @@ class EngineLoop:
     def _plan(self) -> Plan:
         self._send_away(self._admission.late())
         plan = self._scheduler.plan(admit=not self._awaiting.closes())
-        self._admission.left(len(plan.admitted))
+        self._admission.left(plan.admitted)
         for sequence in plan.refused:
             self._underway.refused(sequence.id, TooLarge(NEVER_FITS, code="context_length_exceeded"))
         return plan

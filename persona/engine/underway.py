@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import structlog
+
 from persona.engine import protocol, reply, sampler, slices
 from persona.engine.protocol import Piece, Reply, Scores, TokenLogprob
 from persona.engine.refusals import failed, starved
@@ -16,6 +18,8 @@ from persona.errors import Busy, EngineDown, PersonaError, Unprocessable
 NO_MEMORY = "The engine ran out of memory under this request; try a shorter one."
 BROKEN = "The engine failed under this request; the log says how. Try again, or another request."
 NOT_FINITE = "This version of the base or of the user's adapter computes values that are not finite."
+
+log = structlog.get_logger("engine")
 
 
 @dataclass(slots=True)
@@ -105,8 +109,15 @@ class Underway:
         for sequence, (token, told) in zip(result.next, drawn, strict=True):
             if token == sampler.NOT_FINITE:
                 self.finish(sequence.id, "error", NOT_FINITE, Unprocessable if sequence.adapter else EngineDown)
-            else:
+                continue
+            try:
                 self._extend(sequence.id, token, told)
+            except ConnectionError:  # the service is gone
+                raise
+            except Exception as error:  # whatever it is, in a grammar, say: this reply ends, those beside it go on
+                log.error("reply failed", kind=type(error).__name__)
+                if sequence.id in self._jobs:
+                    self.finish(sequence.id, "error", BROKEN)
 
     def _extend(self, job: int, token: int, told: TokenLogprob | None) -> None:
         generation = self._jobs[job]

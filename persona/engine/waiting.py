@@ -158,7 +158,11 @@ class Pace:
         """One was admitted at `now`, in seconds; `others`: whether some still wait."""
         self._left.append(now)
         if not others:
-            self._left.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """The room is empty, or was: who leaves it next tells nothing about those before."""
+        self._left.clear()
 
     def wait(self, before: int) -> float:
         """Seconds until it is the turn of one with `before` others before it; 0 as long as too little is known."""

@@ -19,7 +19,8 @@ from workbench import ADAPTER, PAGE, Bench
 
 from persona.engine import protocol, sampler
 from persona.engine.lora import Resident
-from persona.engine.protocol import AdapterRef, Piece
+from persona.engine.protocol import AdapterRef, Chunk, Piece
+from persona.engine.reply import Generation
 from persona.engine.runner import Result
 from persona.engine.sequence import Segment, Sequence
 
@@ -492,3 +493,37 @@ def test_threat_32_after_a_drop_the_users_logits_are_the_bases_bit_for_bit(
     after = bench.score(tokens)
     bench.finish()
     assert bench.scores(before) == bench.scores(after)
+
+
+def test_what_nobody_thought_of_ends_the_request_in_which_it_happens(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(models)
+    well = bench.generate(some_tokens(10), count=4)
+    bench.work()
+    admission = bench.loop._admission
+    monkeypatch.setattr(admission, "generation", lambda job, request: {}["nobody thought of this"])
+    failed = bench.generate(some_tokens(10))
+    monkeypatch.undo()
+    assert (bench.failure(failed).kind, "log says how" in bench.failure(failed).message) == ("EngineDown", True)
+    bench.finish()
+    assert bench.end(well) == "length"
+
+
+def test_a_reply_that_fails_in_a_step_ends_and_those_beside_it_go_on(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(models)
+    broken, well = (bench.generate(some_tokens(10, seed=seed), count=6) for seed in (1, 2))
+    bench.work(2)
+    add = Generation.add
+
+    def fails(self: Generation, *told: Any) -> Chunk | None:
+        if self.sequence.id == broken:
+            raise ValueError("a byte that no text has")
+        return add(self, *told)
+
+    monkeypatch.setattr(Generation, "add", fails)
+    bench.finish()
+    assert [bench.end(job) for job in (broken, well)] == ["error", "length"]
+    bench.loop.check()

@@ -474,3 +474,22 @@ def test_who_could_not_be_served_in_time_is_refused_at_once(models: Models) -> N
     bench.finish()
     assert bench.end(fits) == "length"
     assert all(bench.end(job) == "length" for job in jobs)
+
+
+def test_a_pause_says_nothing_of_the_pace_of_a_later_crowd(models: Models) -> None:
+    """Those who waited last gave up: nobody was the last to be admitted."""
+    clock = Clock()
+    bench = Bench(models, running=1, patience=10.0, clock=clock)
+    crowd = [bench.generate(some_tokens(10), count=1, user=user) for user in range(1, 13)]
+    for _ in range(10):
+        clock.now += 0.1
+        bench.work()
+    for job in crowd:
+        bench.abort(job)
+    bench.finish()
+    clock.now += 3600
+    some = [bench.generate(some_tokens(10), count=3, user=user) for user in (40, 41)]
+    bench.work()
+    some.append(bench.generate(some_tokens(10), count=3, user=42))
+    bench.finish()
+    assert [bench.end(job) for job in some] == ["length"] * 3
