@@ -143,12 +143,19 @@ class Chat:
         return self._begin(caller, ask, sheets)
 
     def _begin(self, caller: Caller, ask: Ask, sheets: Sequence[Sheet]) -> Choices:
-        """Start the replies, sheet by sheet, a few at once: a long list of prompts must not fill the engine's queue."""
+        """Start the replies, sheet by sheet, a few at once: a long list of prompts must not fill the engine's queue.
+
+        The first choice of a sheet begins alone: what the engine then has of their prompt the others need not compute.
+        """
         if caller.user.id in self._gone:  # while the body arrived, say
             raise NotFound("There is no such user.")
         mail: Mail = asyncio.Queue()
-        each = [sheet for sheet in sheets for _ in range(ask.choices)]
-        made = [Reply(caller, ask, sheet, index, mail) for index, sheet in enumerate(each)]
+        made: list[Reply] = []
+        for sheet in sheets:
+            first = None
+            for _ in range(ask.choices):
+                made.append(Reply(caller, ask, sheet, len(made), mail, first))
+                first = first or made[-1]
         turns = Semaphore(_AT_ONCE)
         for reply in made:
             self._start(reply, turns)
@@ -341,6 +348,8 @@ class Chat:
     # From a prompt to a recorded reply.
 
     async def _in_turn(self, reply: Reply, turns: Semaphore) -> None:
+        if reply.before is not None:
+            await reply.before.begun.wait()
         async with turns:
             await self._run(reply)
 
@@ -387,9 +396,11 @@ class Chat:
 
     async def _told(self, reply: Reply) -> list[TokenLogprob]:
         """Log-probabilities of the prompt from its second token on, if they are wanted."""
-        tokens, top = reply.sheet.prompt.rendered.tokens, reply.ask.sampling.logprobs
+        tokens, top, other = reply.sheet.prompt.rendered.tokens, reply.ask.sampling.logprobs, reply.before
         if top is None:
             return []
+        if other is not None and other.echoed is not None and other.version == reply.version:
+            return other.echoed
         adapter = ref(reply.version) if reply.version else None
         return await self._engine.tell(
             ScoreRequest(tokens, list(range(1, len(tokens))), adapter, top, reply.caller.user.id)

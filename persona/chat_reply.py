@@ -77,8 +77,18 @@ class Reply:
     it: they are for the client alone, and no history; but thoughts, which `answer` has not.
     """
 
-    def __init__(self, caller: Caller, ask: Ask, sheet: Sheet, index: int = 0, mail: "Mail | None" = None) -> None:
+    def __init__(
+        self,
+        caller: Caller,
+        ask: Ask,
+        sheet: Sheet,
+        index: int = 0,
+        mail: "Mail | None" = None,
+        before: "Reply | None" = None,
+    ) -> None:
         self.index = index  # among the replies to the same ask
+        self.before = before  # the first to the same prompt, which this one is made after
+        self.begun = asyncio.Event()  # whether the engine has read the prompt, or never will
         self.caller = caller
         self.ask = ask
         self.sheet = sheet
@@ -148,6 +158,7 @@ class Reply:
         self.tokens = max(self.tokens, chunk.tokens)
         self.cached = max(self.cached, chunk.cached)
         self.first = self.first or asyncio.get_running_loop().time()
+        self.begun.set()
         self.logprobs += chunk.logprobs
         self._deliver(self._ear.hear(chunk.text) if self._ear else Heard(chunk.text), tuple(chunk.logprobs))
         if self._ear and chunk.finish in (Finish.STOP, Finish.LENGTH):
@@ -166,6 +177,7 @@ class Reply:
         self._mail.put_nowait((self, replace(piece, answer=answer, thought=thought)))
 
     def end(self, finish: Finish, failure: Exception | None = None) -> None:
+        self.begun.set()
         if self.finish is None:
             self.finish = finish
             if any(rest := self._thoughts.end()):  # what might have become a tag

@@ -1,12 +1,14 @@
 """Several choices of one reply: each a sequence of its own, streamed side by side, each on record."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
 from live import Live, Start
 
+from persona.engine.protocol import Chunk, GenerateRequest
 from persona.engine.scripted import ScriptedEngine
 from persona.errors import EngineDown
 
@@ -49,6 +51,36 @@ async def test_choices_of_a_stream_come_side_by_side_and_each_ends_once(start: S
     assert sorted(ended) == [0, 1, 2]
     assert chunk.usage is not None
     assert chunk.usage.completion_tokens == 6
+
+
+async def test_the_first_choice_has_begun_before_the_engine_is_asked_for_the_others(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their prompt is then known there, and computed once."""
+    live = await start(ScriptedEngine("one two three"))
+    said = 0
+    seen: list[int] = []
+    generate = live.engine.generate
+
+    async def counted(request: GenerateRequest) -> AsyncIterator[Chunk]:
+        nonlocal said
+        seen.append(said)
+        async for chunk in generate(request):
+            said += 1
+            yield chunk
+
+    monkeypatch.setattr(live.engine, "generate", counted)
+    await live.say("hi", n=3)
+    assert seen[0] == 0
+    assert min(seen[1:]) > 0
+
+
+async def test_a_prompt_that_is_told_of_is_scored_once_for_all_its_choices(live: Live) -> None:
+    body = {"model": "persona", "prompt": ["one two three", "four five"], "echo": True, "logprobs": 1, "max_tokens": 2}
+    answer = await live.call("POST", "/v1/completions", json={**body, "n": 3})
+    assert len(live.engine.scored) == 2
+    told = [choice["logprobs"]["tokens"][:3] for choice in answer["choices"]]
+    assert told[0] == told[1] == told[2] != told[3] == told[4] == told[5]
 
 
 async def test_each_choice_has_a_seed_of_its_own(live: Live) -> None:
