@@ -6,7 +6,7 @@ message under what stood before it. The rounds give a curve; the last one is mea
 
     base, prior         the bare base; an adapter of other people from which everybody started
     adapter, stale      what serves after the last round, and after the one before: the person's own, if one was kept
-    wrong_user          that of the next person in the list, if they have one
+    wrong_user          that of the next person in the list who has one
     …_context           the same with quoted history in the prompt: of the kind that helps the bare base most
     …_served            base, adapter and stale as `me` is served: with the newest entries that the version has not
                         absorbed, as many as the service quotes
@@ -115,14 +115,21 @@ class Trial:
         self._demand_room([one for mine in lessons for lesson in mine for one in lesson.data.held_out], options)
         stages: list[list[Stage]] = []
         results: list[Result] = []
-        for place, pupil in enumerate(pupils):
-            other = (place + 1) % len(pupils)
-            while len(stages) <= max(place, other):
+
+        async def learned(place: int) -> list[Stage]:
+            while len(stages) <= place:
                 who, what = pupils[len(stages)], lessons[len(stages)]
                 stages.append(await rounds.learn(who, what, seed=options.seed, gate=options.gate))
+            return stages[place]
+
+        for place, pupil in enumerate(pupils):
+            mine, wrong = await learned(place), None
+            for step in range(1, len(pupils)):
+                if (other := await learned((place + step) % len(pupils)))[-1].own:
+                    wrong = other
+                    break
             self._ground.notify(f"measuring {pupil.name}", place, len(pupils))
-            wrong = stages[other] if other != place else None
-            results.append(await self._measure(pupil, stages[place], wrong, options))
+            results.append(await self._measure(pupil, mine, wrong, options))
             told(results[-1])
         if options.probes:
             await self._recognise(pupils, [mine[-1] for mine in stages], results, options.probes)

@@ -184,9 +184,8 @@ def _show(results: list[Result], said: dict[str, Any]) -> None:
             }
         )
     shown = ["base", "context", "prior_context", "adapter", "adapter_context", "wrong_user"]
-    table(
-        rows, ["user", "tokens", *(name for name in shown if name in results[0].nats), "gain"], "Nobody was measured."
-    )
+    there = [name for name in shown if any(name in result.nats for result in results)]
+    table(rows, ["user", "tokens", *there, "gain"], "Nobody was measured.")
     say("Loss per token of the person's own words; gain: of adapter and context together over context alone.")
     for name, one in said.items():
         told = name.replace("_", " ")

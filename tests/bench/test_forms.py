@@ -19,6 +19,7 @@ ARMS = (
     "frozen:rank=16:density=0.2:rate=0.01:bits=8",
     "frozen:rank=4:density=0.2:mask=largest",
     "frozen:rank=4:density=0.2:mask=gradient",
+    "frozen:rank=4:density=0.2:mask=shared",
     "gated:rank=4",
     "masked:rank=4:density=0.3:bits=8",
     "xs:rank=4:rate=0.001",

@@ -245,6 +245,22 @@ async def test_who_has_no_adapter_of_their_own_is_nobodys_other(world: World) ->
     some = [person(name, said(60)) for name in ("ann", "bob", "eve")]
     ann, bob, eve = await trial(world).run(some, Options(rounds=1, contexts=RECENT, probes=2))
     assert [one.kept for one in (ann, bob, eve)] == [["whole"], ["nothing"], ["whole"]]
-    assert "wrong_user" not in ann.nats
-    assert {"wrong_user", "wrong_user_context"} <= bob.nats.keys() & eve.nats.keys()
+    for one in (ann, bob, eve):
+        assert {"wrong_user", "wrong_user_context"} <= one.nats.keys(), "the next who has one"
+    assert bob.nats["adapter"] != bob.nats["wrong_user"]
     assert ["author" in one.recognised for one in (ann, bob, eve)] == [True, False, True]
+
+
+async def test_where_nobody_else_has_an_adapter_there_is_no_wrong_one(world: World) -> None:
+    seen: list[int] = []
+
+    def all_but_the_first(adapter: AdapterRef) -> bool:
+        if adapter.user_id not in seen:
+            seen.append(adapter.user_id)
+        return seen.index(adapter.user_id) > 0
+
+    costing(world, all_but_the_first)
+    some = [person(name, said(60)) for name in ("ann", "bob", "eve")]
+    ann, bob, eve = await trial(world).run(some, Options(rounds=1, contexts=RECENT, probes=0))
+    assert [one.kept for one in (ann, bob, eve)] == [["whole"], ["nothing"], ["nothing"]]
+    assert ["wrong_user" in one.nats for one in (ann, bob, eve)] == [False, True, True]
