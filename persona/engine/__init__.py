@@ -17,11 +17,14 @@
                  a thread beside the steps)
     versions     awaiting.py: staging, flips and a gate's scoring wait for room
 
-The base is decoder.py over weights.py (its matrices), words.py (its vocabulary) and shape.py (its sizes); head.py is
-its loss in training, device.py says what a machine has. What kernels compute is defined in kernels/reference.py and
-chosen in kernels/choice.py. On disk an adapter is adapter_file.py's, PEFT's folders are peft_folder.py's, a training
-that was stopped is checkpoint_file.py's. refusals.py words what went wrong.
+The base is decoder.py over weights.py (its matrices), words.py (its vocabulary) and shape.py (its sizes); text.py is
+its tokenizer, head.py its loss in training, memory.py the bytes behind all pages, device.py says what a machine has.
+buckets.py has the sizes of replays; forest.py and score_all.py lay out what is scored, schema.py what a grammar may be.
+What kernels compute is defined in kernels/reference.py and chosen in kernels/choice.py. On disk an adapter is
+adapter_file.py's, PEFT's folders are peft_folder.py's, a training that was stopped is checkpoint_file.py's.
+refusals.py words what went wrong.
 
 The service holds the other end: faces.py says what an engine promises, client.py is this one, scripted.py a double.
 What happens once: prepare.py, convert.py and quantize.py make the base's files, main.py puts all of it together.
+random_adapter.py makes adapters for measuring.
 """
