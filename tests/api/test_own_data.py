@@ -13,6 +13,7 @@ from live import Live, Start
 from persona.engine.protocol import AdapterRef, ScoreRequest
 from persona.engine.scripted import ScriptedEngine
 from persona.errors import EngineDown
+from storage.imports import MAX_CHARS
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -68,6 +69,23 @@ async def test_an_upload_longer_than_a_body_may_be_is_read_line_by_line(start: S
 
 
 @pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ({"text": "x" * (MAX_CHARS + 1)}, "text"),
+        ({"text": "x", "context": [{"author": "bob", "text": "x" * (MAX_CHARS // 50)}] * 50}, "context"),
+    ],
+    ids=["text", "context"],
+)
+async def test_an_item_longer_than_any_chat_is_named(start: Start, said: dict[str, Any], param: str) -> None:
+    live = await start(http={"max_body": 8 << 20})
+    content = jsonl({"ts": 1, "text": "first"}, {"ts": 2, **said})
+    refused = await import_(live, content, status=422)
+    assert refused["error"]["param"] == param
+    assert "Line 2" in refused["error"]["message"]
+    assert await live.history() == []
+
+
+@pytest.mark.parametrize(
     ("line", "param"),
     [
         (b'{"ts": 1}', "text"),
@@ -77,8 +95,6 @@ async def test_an_upload_longer_than_a_body_may_be_is_read_line_by_line(start: S
         (b'{"ts": 1, "text": "x", "role": "system"}', "role"),
         (b'{"ts": 1, "text": 5}', "text"),
         (b'{"ts": 1, "text": " "}', "text"),
-        (jsonl({"ts": 1, "text": "x" * 65_537}), "text"),
-        (jsonl({"ts": 1, "text": "x", "context": [{"author": "bob", "text": "x" * 1500}] * 50}), "context"),
         (b"not json", None),
         (b"[]", None),
     ],
