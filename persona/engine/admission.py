@@ -109,8 +109,9 @@ class Admission:
 
     def left(self, admitted: Iterable[Sequence]) -> None:
         """These left the room for the running set just now."""
-        for _ in [one for one in admitted if not one.background]:
-            self._pace.left(self._clock(), others=len(self._scheduler.chats) > 0)
+        for one in admitted:
+            if not one.background:
+                self._pace.left(self._clock(), others=len(self._scheduler.chats) > 0)
 
     def refusal(self) -> Busy:
         """What somebody is told who may not wait any longer."""

@@ -68,9 +68,7 @@ class DecodeGraphs:
         cache.clear([layout.scratch])  # rows that are none read it, too
         self._made: dict[tuple[int, bool], _Recording | None] = {}  # None: it cannot be recorded
         self._last: _Recording | None = None
-        self._broken = (
-            False  # a recording came to nothing, after which torch's allocator is not to be trusted with more
-        )
+        self._broken = False  # a recording came to nothing: torch may be left in the middle of it
 
     @property
     def made(self) -> dict[tuple[int, bool], bool]:
@@ -118,7 +116,7 @@ class DecodeGraphs:
                 if fatal(error):
                     raise
                 self._broken = not starved(error)
-                told = {"kind": type(error).__name__, "reason": str(error).splitlines()[0]}
+                told = {"kind": type(error).__name__, "reason": str(error).partition("\n")[0]}
                 log.warning("steps are slower: one size is not recorded", rows=size, **told)
         return self._made[key]
 

@@ -143,7 +143,7 @@ def test_after_a_recording_that_came_to_nothing_none_is_tried(models: Models, gp
 
     def fails(work: Work) -> NoReturn:
         tries.append(work)
-        raise RuntimeError("operation not permitted when stream is capturing\nand what torch thinks of it")
+        raise RuntimeError  # with no word of why
 
     assert one.graphs is not None
     one.graphs._record = fails
